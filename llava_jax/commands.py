@@ -1,0 +1,48 @@
+"""What all commands share: how errors end them, and their first line before anything heavy is imported."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Parses the flags and calls main(); a user's mistake becomes one paragraph and its exit code."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.WARNING)
+    app.run(lambda _: _end_with_errors(main), flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        if "--debug" in argv:
+            raise
+        message = " ".join(str(error.args[0] if error.args else error).split())
+        _fail(f"{message} (--help lists the flags.)", 10)
+    if len(rest) > 1:
+        _fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 10)
+    return rest
+
+
+def _end_with_errors(main: Callable[[], None]) -> None:
+    from llava_jax.errors import UserError
+
+    try:
+        main()
+    except UserError as error:
+        if DEBUG.value:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Interrupted; the same command continues from the last checkpoint.", 130)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)

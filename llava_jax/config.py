@@ -1,0 +1,481 @@
+"""The schema of a run: frozen dataclasses whose defaults are LLaVA-1.5's published values.
+
+A recipe in `configs/` returns a `ConfigDict` (start from `default_config()`); `parse` turns it into one
+validated `Config` per training stage. Nothing else in the project reads a `ConfigDict`.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from llava_jax.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(value, choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{key}={value!r} is not one of {', '.join(map(repr, choices))}.{hint}")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """CLIP's vision transformer, with the names of HF's `CLIPVisionConfig`. Defaults: ViT-L/14 at 336 px."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _one_of("vision.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"vision.hidden_size={self.hidden_size} is not a multiple of "
+            f"vision.num_attention_heads={self.num_attention_heads}.",
+        )
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"vision.image_size={self.image_size} is not a multiple of vision.patch_size={self.patch_size}.",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched, with the names of HF's `rope_parameters`."""
+
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        _one_of("text.rope_scaling.rope_type", self.rope_type, ("default", "linear", "llama3"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """A Llama-like decoder, with the names of HF's `LlamaConfig`. Defaults: Vicuna-7B v1.5."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    attention_bias: str = "none"  # "qkv" as in Qwen2, "qkvo" as Llama's attention_bias=true
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        _one_of("text.attention_bias", self.attention_bias, ("none", "qkv", "qkvo"))
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"text.num_attention_heads={self.num_attention_heads} is not a multiple of "
+            f"text.num_key_value_heads={self.num_key_value_heads}.",
+        )
+        _require(self.head_dim % 2 == 0, f"text.head_dim={self.head_dim} is odd; rotary positions need pairs.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The whole network: which CLIP features are read and how they reach the decoder."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    projector_type: str = "mlp2x_gelu"  # linear, identity, mlp{N}x_gelu
+    select_layer: int = -2  # index into CLIP's hidden states; 0 is the embeddings
+    select_feature: str = "patch"  # cls_patch keeps the class token
+
+    def __post_init__(self):
+        self.projector_depth  # raises on an unknown type
+        _one_of("model.select_feature", self.select_feature, ("patch", "cls_patch"))
+        states = self.vision.num_hidden_layers + 1
+        _require(
+            -states <= self.select_layer < states,
+            f"model.select_layer={self.select_layer} is outside CLIP's {states} hidden states "
+            f"({-states}..{states - 1}).",
+        )
+        _require(
+            self.projector_type != "identity" or self.vision.hidden_size == self.text.hidden_size,
+            f"model.projector_type='identity' needs equal widths, but vision.hidden_size="
+            f"{self.vision.hidden_size} and text.hidden_size={self.text.hidden_size}.",
+        )
+
+    @property
+    def projector_depth(self) -> int:
+        """The number of linear layers in the projector."""
+        name = self.projector_type
+        if name == "identity":
+            return 0
+        if name == "linear":
+            return 1
+        digits = name.removeprefix("mlp").removesuffix("x_gelu")
+        if name == f"mlp{digits}x_gelu" and digits.isdigit() and int(digits) > 0:
+            return int(digits)
+        raise ConfigError(
+            f"model.projector_type={name!r} is not one of 'linear', 'identity', 'mlp2x_gelu' "
+            "(or another number of layers in place of 2)."
+        )
+
+    @property
+    def num_vision_layers_run(self) -> int:
+        """How many CLIP layers lie below the hidden state that is read (23 of 24 for layer -2)."""
+        return self.select_layer % (self.vision.num_hidden_layers + 1)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders per image in the token sequence (576 for 336 px in patches of 14)."""
+        return self.vision.num_patches + (self.select_feature == "cls_patch")
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where the weights and the tokenizer come from. What no directory provides is drawn from `seed`."""
+
+    model: str = ""  # a whole model: our directory, a run directory, llava-hf or original LLaVA
+    vision_tower: str = ""  # a CLIP directory
+    language_model: str = ""  # a Llama, Vicuna, ... directory
+    projector: str = ""  # mm_projector.bin / .safetensors, or a directory or run that holds a projector
+    tokenizer: str = ""  # tokenizer.model, tokenizer.json or a directory; "" = beside the decoder's weights
+
+    def __post_init__(self):
+        _require(
+            not (self.model and (self.vision_tower or self.language_model)),
+            "init.model names a whole model, init.vision_tower and init.language_model its parts; set one or the other.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it becomes batches."""
+
+    path: str = ""  # LLaVA JSON (a list) or JSONL
+    image_folder: str = ""
+    template: str = "v1"
+    image_aspect_ratio: str = "pad"  # pad, square
+    max_length: int = 2048  # tokens per row, image placeholders included
+    too_long: str = "truncate"  # or "error"
+    batch_size: int = 128  # rows per optimizer step, over all devices and accumulation
+    shuffle: bool = True
+    num_threads: int = 16  # reading and resizing images
+
+    def __post_init__(self):
+        _one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
+        _one_of("data.too_long", self.too_long, ("truncate", "error"))
+        _require(self.batch_size > 0, f"data.batch_size={self.batch_size} must be positive.")
+        _require(self.max_length > 1, f"data.max_length={self.max_length} must be at least 2.")
+        _require(self.num_threads >= 0, f"data.num_threads={self.num_threads} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneConfig:
+    """Which modules train. Frozen ones get no gradient, no moments and no place in checkpoints."""
+
+    vision_tower: bool = False
+    projector: bool = True
+    language_model: bool = True
+    fresh_projector: bool = False  # throw away what was loaded or trained before and draw a new one
+
+    def __post_init__(self):
+        _require(
+            self.vision_tower or self.projector or self.language_model,
+            "Nothing trains: set tune.projector, tune.language_model or tune.vision_tower to True.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with the original's decay groups, under one schedule."""
+
+    learning_rate: float = 2e-5
+    projector_learning_rate: float | None = None  # None: learning_rate
+    vision_tower_learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    # The original asks for 1.0 but its DeepSpeed files switch clipping off; None is what it really did.
+    max_grad_norm: float | None = None
+
+    def __post_init__(self):
+        _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        _require(
+            0 <= self.warmup_ratio <= 1, f"optimizer.warmup_ratio={self.warmup_ratio} is a share of the run: 0 to 1."
+        )
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"optimizer.max_grad_norm={self.max_grad_norm} must be positive; None switches clipping off.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How token losses become one number."""
+
+    normalize: str = "tokens"  # "microbatch": the original's mean of the microbatches' means
+    chunk_size: int = 512  # supervised tokens per row whose logits exist at one time
+
+    def __post_init__(self):
+        _one_of("loss.normalize", self.normalize, ("tokens", "microbatch"))
+        _require(self.chunk_size > 0, f"loss.chunk_size={self.chunk_size} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    num_epochs: float = 1.0
+    max_steps: int | None = None  # overrides num_epochs
+    accumulation_steps: int = 1
+    dtype: str = "bfloat16"  # of the computation; trained parameters are always float32
+    frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
+    remat: str = "full"  # what the backward pass recomputes: full (most), dots, none
+    scan_unroll: int = 1  # layers per iteration of the layer loop
+    log_steps: int = 10
+
+    def __post_init__(self):
+        for key in ("dtype", "frozen_dtype"):
+            _one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
+        _one_of("train.remat", self.remat, ("none", "dots", "full"))
+        _require(self.num_epochs > 0, f"train.num_epochs={self.num_epochs} must be positive.")
+        _require(self.max_steps is None or self.max_steps > 0, f"train.max_steps={self.max_steps} must be positive.")
+        _require(self.accumulation_steps > 0, f"train.accumulation_steps={self.accumulation_steps} must be positive.")
+        _require(self.scan_unroll > 0, f"train.scan_unroll={self.scan_unroll} must be positive.")
+        _require(self.log_steps > 0, f"train.log_steps={self.log_steps} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved. The last step of a stage always is."""
+
+    save_steps: int = 500
+    save_total_limit: int = 1
+
+    def __post_init__(self):
+        _require(self.save_steps > 0, f"checkpoint.save_steps={self.save_steps} must be positive.")
+        _require(self.save_total_limit > 0, f"checkpoint.save_total_limit={self.save_total_limit} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one may be -1 and takes what is left. fsdp is the counterpart of ZeRO-3."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Questions answered by generation after the last stage; none when `path` is empty."""
+
+    path: str = ""  # JSONL: question_id, image, text, answer, kind
+    image_folder: str = ""
+    batch_size: int = 64
+    max_new_tokens: int = 32
+    blind: bool = False  # ask again with another question's image
+
+    def __post_init__(self):
+        _require(self.batch_size > 0, f"evaluate.batch_size={self.batch_size} must be positive.")
+        _require(self.max_new_tokens > 0, f"evaluate.max_new_tokens={self.max_new_tokens} must be positive.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """The Hugging Face directory written after the last stage; none when `layout` is empty."""
+
+    layout: str = ""
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        _one_of("export.layout", self.layout, ("", "llava-hf", "llava"))
+        _one_of("export.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training stage, complete. A recipe of several stages holds one of these per stage."""
+
+    name: str = "llava"
+    seed: int = 42
+    model: ModelConfig = ModelConfig()
+    init: InitConfig = InitConfig()
+    data: DataConfig = DataConfig()
+    tune: TuneConfig = TuneConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+
+    def __post_init__(self):
+        rest = self.data.batch_size % self.train.accumulation_steps
+        _require(
+            rest == 0,
+            f"data.batch_size={self.data.batch_size} is not a multiple of "
+            f"train.accumulation_steps={self.train.accumulation_steps}.",
+        )
+        _require(
+            self.data.max_length <= self.model.text.max_position_embeddings,
+            f"data.max_length={self.data.max_length} exceeds the decoder's model.text.max_position_embeddings="
+            f"{self.model.text.max_position_embeddings}.",
+        )
+        _require(
+            self.model.num_image_tokens < self.data.max_length,
+            f"One image takes {self.model.num_image_tokens} tokens, more than data.max_length={self.data.max_length} "
+            "leaves room for; raise data.max_length.",
+        )
+        for module, rate in (("projector", "projector_learning_rate"), ("vision_tower", "vision_tower_learning_rate")):
+            _require(
+                getattr(self.optimizer, rate) is None or getattr(self.tune, module),
+                f"optimizer.{rate} is set but tune.{module}=False, so nothing would train at that rate; drop one.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a config file asks for: stages to train in order, and what has to exist before the first."""
+
+    name: str
+    stages: dict[str, Config]  # the one stage of an ordinary recipe is called ""
+    prepare: Callable[[], None] | None = None
+
+
+def default_config() -> ConfigDict:
+    """The schema's defaults as a `ConfigDict`, for a recipe to change."""
+    return to_config_dict(Config())
+
+
+def default_stage() -> ConfigDict:
+    """The sections that may differ between the stages of one recipe."""
+    config = default_config()
+    return ConfigDict({key: config[key] for key in STAGE_SECTIONS})
+
+
+STAGE_SECTIONS = ("data", "tune", "optimizer", "loss", "train", "checkpoint")
+
+
+def to_config_dict(config) -> ConfigDict:
+    """A dataclass of this module as a `ConfigDict` with the same keys."""
+    fields = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        fields[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
+    return ConfigDict(fields, convert_dict=False)
+
+
+def parse(config_dict: ConfigDict) -> Recipe:
+    """Validates a recipe.
+
+    Two shapes are accepted: the keys of `Config`; or, with `stage_order` (names) and `stages` (name ->
+    the sections of `default_stage()`), several stages that share all other keys. Either may have
+    `prepare`, a function called before the first stage.
+
+    Raises ConfigError on an unknown key (naming the nearest), a wrong type, or values that cannot be.
+    """
+    fields = {key: config_dict[key] for key in config_dict}
+    prepare = fields.pop("prepare", None)
+    order = fields.pop("stage_order", None)
+    if order is None:
+        config = _build(Config, fields, "")
+        return Recipe(config.name, {"": config}, prepare)
+    sections = fields.pop("stages")
+    _require(
+        len(order) > 0 and sorted(order) == sorted(sections),
+        f"stage_order={tuple(order)} does not name each of stages={tuple(sections)} once.",
+    )
+    stages = {}
+    for name in order:
+        shared = {key: value for key, value in fields.items() if key not in STAGE_SECTIONS}
+        _require(
+            shared.keys() == fields.keys(),
+            f"{', '.join(sorted(fields.keys() - shared.keys()))}: set per stage here, as stages.{name}.KEY.",
+        )
+        stages[name] = _build(Config, shared | {key: sections[name][key] for key in sections[name]}, f"stages.{name}.")
+    return Recipe(stages[order[0]].name, stages, prepare)
+
+
+def _build(cls: type, fields: dict[str, Any], prefix: str):
+    types_by_name = typing.get_type_hints(cls)
+    for key in fields:
+        if key not in types_by_name:
+            near = difflib.get_close_matches(key, types_by_name, n=1) or _keys_elsewhere(key)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(types_by_name))}."
+            raise ConfigError(f"Unknown key {prefix + key!r}.{hint}")
+    return cls(**{key: _convert(types_by_name[key], value, prefix + key) for key, value in fields.items()})
+
+
+def _keys_elsewhere(key: str) -> list[str]:
+    """Full names in the schema that end in (nearly) this key."""
+    names = {}
+
+    def visit(cls, prefix):
+        for name, kind in typing.get_type_hints(cls).items():
+            if dataclasses.is_dataclass(kind):
+                visit(kind, f"{prefix}{name}.")
+            else:
+                names.setdefault(name, prefix + name)
+
+    visit(Config, "")
+    return [names[near] for near in difflib.get_close_matches(key, names, n=1)]
+
+
+def _convert(kind, value, key: str):
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, ConfigDict | dict), f"{key}={value!r} should be a section with keys.")
+        return _build(kind, {name: value[name] for name in value}, key + ".")
+    if isinstance(kind, types.UnionType):  # "X | None"
+        if value is None:
+            return None
+        kind = next(member for member in typing.get_args(kind) if member is not type(None))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    _require(
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
+        f"{key}={value!r} should be of type {kind.__name__}, not {type(value).__name__}.",
+    )
+    return value
+
+
+def to_json(config) -> dict:
+    """A dataclass of this module as plain JSON data; `from_json` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def from_json(cls: type, fields: dict):
+    """Rebuilds a dataclass of this module from `to_json`'s result; raises ConfigError as `parse` does."""
+    return _build(cls, fields, "")

@@ -1,0 +1,12 @@
+"""The error of this room."""
+
+
+class ConversionError(ValueError):
+    """A directory or file that cannot be converted; the message names it, the reason and the fix."""
+
+
+def listing(names, limit: int = 4) -> str:
+    """The first few names and how many more there are, for an error message."""
+    names = list(names)
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + rest

@@ -1,0 +1,161 @@
+"""The config.json of a whole LLaVA, as transformers and as the original write it, to ours and back."""
+
+from llava_jax.config import ModelConfig, VisionConfig
+from llava_jax.convert.component_configs import (
+    build,
+    read_text_config,
+    read_vision_config,
+    refuse,
+    write_text_config,
+    write_vision_config,
+)
+from llava_jax.convert.errors import ConversionError
+
+_ORIGINAL_DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+
+# Towers that an original checkpoint may name without holding them.
+PUBLISHED_TOWERS = {
+    "openai/clip-vit-large-patch14-336": VisionConfig(),
+    "openai/clip-vit-large-patch14": VisionConfig(image_size=224),
+}
+
+
+def read_llava_hf_config(fields: dict, where: str, generation: dict) -> tuple[ModelConfig, int]:
+    """-> the model with its base vocabulary, and how many token rows its files hold.
+
+    Rows from the image placeholder's id on were appended with `<image>` and `<pad>` and are cut. An id in the
+    lower half, or below that of the end of sequence (`generation`: generation_config.json), was not appended.
+    """
+    layer = fields.get("vision_feature_layer", -2)
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
+    if not isinstance(layer, int):
+        refuse(where, "vision_feature_layer", layer, "features are read from one layer")
+    if fields.get("projector_hidden_act", "gelu") != "gelu":
+        refuse(where, "projector_hidden_act", fields["projector_hidden_act"], "projectors are built with 'gelu'")
+    if not fields.get("multimodal_projector_bias", True):
+        refuse(where, "multimodal_projector_bias", False, "projectors are built with biases")
+    text_fields = fields.get("text_config") or {}
+    tied = bool(fields.get("tie_word_embeddings") or text_fields.get("tie_word_embeddings"))
+    text_fields = text_fields | {"tie_word_embeddings": tied}
+    file_vocabulary = read_text_config(text_fields, where).vocab_size
+    image_token = fields.get("image_token_index", fields.get("image_token_id", 32000))
+    ends = [generation.get("eos_token_id"), text_fields.get("eos_token_id"), fields.get("eos_token_id")]
+    ends = [end for value in ends for end in (value if isinstance(value, list) else [value]) if end is not None]
+    appended = file_vocabulary // 2 < image_token < file_vocabulary and all(end < image_token for end in ends)
+    base = image_token if appended else file_vocabulary
+    vision_fields = fields.get("vision_config")
+    if vision_fields is None:
+        vision = VisionConfig()  # transformers' LlavaConfig has ViT-L/14 at 336 px as its default too
+    else:
+        vision = read_vision_config(vision_fields, where)
+    strategy = fields.get("vision_feature_select_strategy", "default")
+    features = {"default": "patch", "full": "cls_patch"}
+    if strategy not in features:
+        refuse(where, "vision_feature_select_strategy", strategy, "it is 'default' or 'full'")
+    model = build(
+        ModelConfig,
+        where,
+        vision=vision,
+        text=read_text_config(text_fields | {"vocab_size": base}, where),
+        projector_type="mlp2x_gelu",
+        select_layer=layer,
+        select_feature=features[strategy],
+    )
+    return model, file_vocabulary
+
+
+def write_llava_hf_config(
+    model: ModelConfig, *, dtype: str, vocab_size: int, image_token: int, pad_token: int, bos: int, eos: int
+) -> dict:
+    """The config.json of a LlavaForConditionalGeneration; see `read_llava_hf_config`."""
+    if model.projector_type != "mlp2x_gelu":
+        raise ConversionError(
+            f"The llava-hf layout has no projector of type {model.projector_type!r}, only 'mlp2x_gelu'; "
+            "use --layout=llava."
+        )
+    text = model.text
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": dtype,
+        "ignore_index": -100,
+        "image_token_index": image_token,
+        "image_seq_length": model.num_image_tokens,
+        "pad_token_id": pad_token,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": model.select_layer,
+        "vision_feature_select_strategy": "default" if model.select_feature == "patch" else "full",
+        "tie_word_embeddings": text.tie_word_embeddings,
+        "text_config": write_text_config(text)
+        | {
+            "model_type": "qwen2" if text.attention_bias == "qkv" else "llama",
+            "vocab_size": vocab_size,
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "pad_token_id": pad_token,
+            "torch_dtype": dtype,
+        },
+        "vision_config": write_vision_config(model.vision),
+    }
+
+
+def read_llava_config(fields: dict, vision: VisionConfig, where: str) -> ModelConfig:
+    """An original LLaVA's fields and its tower's config -> ModelConfig."""
+    kind = fields.get("model_type", "llava_llama")
+    if kind not in _ORIGINAL_DECODERS:
+        refuse(where, "model_type", kind, f"the original models that can be read are {', '.join(_ORIGINAL_DECODERS)}")
+    if fields.get("mm_use_im_start_end"):
+        refuse(where, "mm_use_im_start_end", True, "images are not wrapped in start and end tokens here")
+    if fields.get("s2"):
+        refuse(where, "s2", True, "features are read at one scale")
+    return build(
+        ModelConfig,
+        where,
+        vision=vision,
+        text=read_text_config(fields, where, _ORIGINAL_DECODERS[kind]),
+        projector_type=fields.get("mm_projector_type", "linear"),
+        select_layer=fields.get("mm_vision_select_layer", -2),
+        select_feature=fields.get("mm_vision_select_feature", "patch"),
+    )
+
+
+def write_llava_config(model: ModelConfig, *, dtype: str, image_aspect_ratio: str, bos: int, eos: int) -> dict:
+    """The config.json of an original LLaVA, with the fields of the published ones.
+
+    The tower's weights travel inside the checkpoint; `unfreeze_mm_vision_tower` makes the original load them.
+    It takes image settings from the tower named by `mm_vision_tower`, which stays empty where the tower has
+    none of the published shapes; `vision_config` is our own addition and describes the tower.
+    """
+    if model.text.attention_bias == "qkv":
+        raise ConversionError(
+            "The original LLaVA has no decoder with query, key and value biases (Qwen2); use --layout=llava-hf."
+        )
+    tower = next((name for name, config in PUBLISHED_TOWERS.items() if config == model.vision), "")
+    return {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "torch_dtype": dtype,
+        **write_text_config(model.text),
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": 0,
+        "pretraining_tp": 1,
+        "use_cache": True,
+        "image_aspect_ratio": image_aspect_ratio,
+        "mm_hidden_size": model.vision.hidden_size,
+        "mm_patch_merge_type": "flat",
+        "mm_projector_type": model.projector_type,
+        "mm_resampler_type": None,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": model.select_feature,
+        "mm_vision_select_layer": model.select_layer,
+        "mm_vision_tower": tower,
+        "use_mm_proj": True,
+        "freeze_mm_mlp_adapter": False,
+        "tune_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": True,
+        "vision_config": write_vision_config(model.vision),
+    }

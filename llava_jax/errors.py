@@ -1,0 +1,31 @@
+"""What a user can mend. Each kind has the exit code with which a command ends when it is raised."""
+
+
+class UserError(ValueError):
+    """The message says what happened, where, why, and the fix; commands print it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A setting, a path or an argument has to change."""
+
+    exit_code = 10
+
+
+class DataError(UserError):
+    """Training data has to change; the message names the file and the record."""
+
+    exit_code = 11
+
+
+class CheckpointError(UserError):
+    """Weights or a checkpoint cannot be read, written or used as asked."""
+
+    exit_code = 12
+
+
+class DivergedError(UserError):
+    """The loss is no longer a number."""
+
+    exit_code = 13

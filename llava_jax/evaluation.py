@@ -1,0 +1,120 @@
+"""Questions answered by generation and scored by exact match, seeing and blind."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax.config import EvaluateConfig
+from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.records import ImageFolder
+from llava_jax.errors import DataError
+from llava_jax.generation import Generator
+
+KEYS = ("question_id", "image", "text", "answer", "kind")
+
+
+def read_questions(path: str) -> list[dict[str, str]]:
+    """Reads JSONL with the keys of KEYS, one question about one image per line. Raises DataError naming the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); check evaluate.path.") from error
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            question = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}:{error.colno}: broken JSON ({error.msg}).") from error
+        missing = [key for key in KEYS if not isinstance(question, dict) or not isinstance(question.get(key), str)]
+        if missing:
+            raise DataError(f"{path}:{number}: a question needs text under {', '.join(missing)}.")
+        questions.append(question)
+    if not questions:
+        raise DataError(f"{path}: there is no question in this file.")
+    return questions
+
+
+def evaluate(generator: Generator, config: EvaluateConfig) -> tuple[dict[str, float], list[dict]]:
+    """Asks every question of `config.path` greedily -> (results, the questions with `prediction` added).
+
+    results: eval_accuracy, eval_accuracy_KIND and eval_samples; with `config.blind` also eval_accuracy_blind
+    and eval_accuracy_blind_KIND, for which each question is asked again about another picture.
+    """
+    questions = read_questions(config.path)
+    pictures = sorted({question["image"] for question in questions})
+    folder = ImageFolder(config.image_folder)
+    paths = {picture: folder.locate(picture) for picture in pictures}
+    answered = [
+        question | {"prediction": prediction}
+        for question, prediction in zip(
+            questions, _ask(generator, config, questions, [paths[q["image"]] for q in questions]), strict=True
+        )
+    ]
+    results = {"eval_samples": len(questions)} | _accuracies(answered, "prediction", "eval_accuracy")
+    if config.blind:
+        # A shift that is no half of the number, so that no two pictures swap places.
+        shift = 1 + len(pictures) // 3
+        other = {picture: pictures[(i + shift) % len(pictures)] for i, picture in enumerate(pictures)}
+        blind = _ask(generator, config, questions, [paths[other[q["image"]]] for q in questions])
+        answered = [row | {"blind_prediction": answer} for row, answer in zip(answered, blind, strict=True)]
+        results |= _accuracies(answered, "blind_prediction", "eval_accuracy_blind")
+    return results, answered
+
+
+def _ask(generator: Generator, config: EvaluateConfig, questions: list[dict], paths: list[str]) -> list[str]:
+    def read(path: str) -> np.ndarray:
+        return preprocess(load_image(path), generator.config.vision.image_size, generator.image_aspect_ratio)
+
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(read, paths))
+    answers = []
+    for begin in range(0, len(questions), config.batch_size):
+        # The last batch is filled up with its first question, so that one shape is compiled.
+        rows = [begin + i if begin + i < len(questions) else begin for i in range(config.batch_size)]
+        texts = generator.answer(
+            [questions[row]["text"] for row in rows],
+            [[images[row]] for row in rows],
+            max_new_tokens=config.max_new_tokens,
+        )
+        answers += texts[: len(questions) - begin]
+    return answers
+
+
+def _accuracies(answered: list[dict], key: str, name: str) -> dict[str, float]:
+    """Share of exact matches, over all questions and per kind."""
+    kinds = sorted({row["kind"] for row in answered})
+    right = {kind: [row[key] == row["answer"].strip() for row in answered if row["kind"] == kind] for kind in kinds}
+    results = {name: float(np.mean(sum(right.values(), [])))}
+    return results | {f"{name}_{kind}": float(np.mean(right[kind])) for kind in kinds}
+
+
+def draw_samples(answered: list[dict], image_folder: str, path: Path, count: int = 12) -> None:
+    """Draws some pictures with question, answer and truth into one image file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    chosen = [answered[i] for i in np.linspace(0, len(answered) - 1, min(count, len(answered))).astype(int)]
+    columns = 4
+    figure, axes = pyplot.subplots(-(-len(chosen) // columns), columns, figsize=(12, 3.4 * -(-len(chosen) // columns)))
+    for axis in np.ravel(axes):
+        axis.axis("off")
+    folder = ImageFolder(image_folder)
+    for axis, row in zip(np.ravel(axes), chosen, strict=False):
+        axis.imshow(load_image(folder.locate(row["image"])))
+        right = row["prediction"] == row["answer"].strip()
+        axis.set_title(
+            f"{row['text']}\nmodel: {row['prediction']}\ntruth: {row['answer']}",
+            fontsize=8,
+            color="darkgreen" if right else "darkred",
+            parse_math=False,
+            wrap=True,
+        )
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,158 @@
+"""Continues prompts with a KV cache: greedy or sampled, many at a time."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llava_jax.config import MeshConfig, ModelConfig
+from llava_jax.convert.source import ModelSource
+from llava_jax.data.conversation import IMAGE_TOKEN, get_template, render_prompt
+from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llava_jax.errors import ConfigError
+from llava_jax.models.llama import Cache
+from llava_jax.sharding import make_mesh, parameter_sharding, replicated
+from llava_jax.step import abstract_model, bind
+from llava_jax.weights import Weights, load, open_any
+
+PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
+
+
+def load_generator(path: str, *, template: str = "", dtype: str = "bfloat16") -> "Generator":
+    """A generator on all devices, from a run directory, our model directory or a Hugging Face directory.
+
+    template: a conversation template in place of the model's own.
+    """
+    weights = open_any(path)
+    if not isinstance(weights.config, ModelConfig) or not weights.tokenizer_path:
+        raise ConfigError(f"{path} is not a whole model with its tokenizer; assemble one with tools/convert_weights.py.")
+    tokenizer = load_tokenizer(weights.tokenizer_path)
+    return Generator(weights, tokenizer, make_mesh(MeshConfig()), template=template or weights.template, dtype=dtype)
+
+
+class Generator:
+    """A model held ready to continue prompts."""
+
+    def __init__(self, weights: Weights | ModelSource, tokenizer: Tokenizer, mesh: Mesh, *, template: str, dtype: str):
+        self.config = weights.config
+        self.template = get_template(template)
+        self.image_aspect_ratio = weights.image_aspect_ratio
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        self.graphdef, _ = abstract_model(self.config, dtype=jnp.dtype(dtype))
+        self.parameters = load(weights, weights.names(), jnp.dtype(dtype), partial(parameter_sharding, mesh))
+
+    def answer(self, questions: list[str], images: list[list[np.ndarray]], **how) -> list[str]:
+        """Single-turn answers. images: per question, uint8[H, W, 3] in the order of its placeholders; a question
+        without `<image>` gets its placeholders in front. `how` goes to `generate`."""
+        prompts = [
+            render_prompt(question, self.template, self.tokenizer, num_images=len(its_images))
+            for question, its_images in zip(questions, images, strict=True)
+        ]
+        new_tokens = self.generate(prompts, images, **how)
+        return [self.tokenizer.decode(tokens).strip() for tokens in new_tokens]
+
+    def generate(
+        self,
+        prompts: list[np.ndarray],
+        images: list[list[np.ndarray]],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Continues token sequences int32[T], in which IMAGE_TOKEN stands for one image; returns the new tokens up to and
+        without the end token. temperature 0 is greedy; otherwise tokens are drawn from the smallest set of
+        probability top_p."""
+        sequences = [
+            np.repeat(prompt, np.where(prompt == IMAGE_TOKEN, self.config.num_image_tokens, 1)) for prompt in prompts
+        ]
+        longest = max(len(sequence) for sequence in sequences) + max_new_tokens
+        if longest > self.config.text.max_position_embeddings:
+            raise ConfigError(
+                f"Prompt and answer together take {longest} tokens, more than the model's "
+                f"{self.config.text.max_position_embeddings} positions; shorten the prompt or max_new_tokens."
+            )
+        batch = _left_pad(sequences, images, self.config.vision.image_size)
+        batch = jax.device_put(batch, replicated(self.mesh))
+        tokens = _continue(
+            self.parameters,
+            batch,
+            jax.random.key(seed),
+            temperature,
+            top_p,
+            graphdef=self.graphdef,
+            max_new_tokens=max_new_tokens,
+            eos_id=self.tokenizer.eos_id,
+            sample=temperature > 0,
+        )
+        return [_until(row, self.tokenizer.eos_id) for row in np.asarray(tokens).tolist()]
+
+
+def _left_pad(sequences: list[np.ndarray], images: list[list[np.ndarray]], image_size: int) -> dict:
+    """Prompts as a batch whose last column is every row's last token."""
+    length = -(-max(map(len, sequences)) // PROMPT_BUCKET) * PROMPT_BUCKET
+    tokens, positions, segment_ids = (np.zeros((len(sequences), length), np.int32) for _ in range(3))
+    slots = max(map(len, images))
+    pixels = np.zeros((len(sequences), slots, image_size, image_size, 3), np.uint8)
+    for row, (sequence, its_images) in enumerate(zip(sequences, images, strict=True)):
+        tokens[row, length - len(sequence) :] = sequence
+        positions[row, length - len(sequence) :] = np.arange(len(sequence))
+        segment_ids[row, length - len(sequence) :] = 1
+        for slot, image in enumerate(its_images):
+            pixels[row, slot] = image
+    return {"tokens": tokens, "images": pixels, "positions": positions, "segment_ids": segment_ids}
+
+
+def _until(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+
+
+@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_id", "sample"))
+def _continue(parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, eos_id, sample) -> jax.Array:
+    """New tokens int32[B, max_new_tokens]; after a row's end token it holds only end tokens."""
+    model = bind(graphdef, parameters)
+    B, T = batch["tokens"].shape
+    no_images = batch["images"][:, :0]
+    ones = jnp.ones((B, 1), jnp.int32)
+
+    def choose(logits, key):
+        return _sample(logits, key, temperature, top_p) if sample else jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def unfinished(carry):
+        i, _, _, done, _, _ = carry
+        return (i < max_new_tokens) & ~done.all()
+
+    def step(carry):
+        i, logits, cache, done, tokens, position = carry
+        token = jnp.where(done, eos_id, choose(logits, jax.random.fold_in(key, i)))
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
+        logits, cache = model.extend(token[:, None], no_images, position, ones, cache)
+        return i + 1, logits, cache, done | (token == eos_id), tokens, position + 1
+
+    cache: Cache = model.language_model.empty_cache(B, T + max_new_tokens)
+    logits, cache = model.extend(
+        batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"], cache
+    )
+    carry = (
+        jnp.int32(0),
+        logits,
+        cache,
+        jnp.zeros(B, bool),
+        jnp.full((B, max_new_tokens), eos_id, jnp.int32),
+        batch["positions"][:, -1:] + 1,
+    )
+    return jax.lax.while_loop(unfinished, step, carry)[4]
+
+
+def _sample(logits: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:
+    """Nucleus sampling. logits float32[B, V] -> int32[B]."""
+    logits = logits / temperature
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    cumulative = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
+    kept = jnp.sum(cumulative < top_p, axis=-1, keepdims=True)  # the token that crosses top_p is kept too
+    threshold = jnp.take_along_axis(descending, jnp.minimum(kept, logits.shape[-1] - 1), axis=-1)
+    return jax.random.categorical(key, jnp.where(logits < threshold, -jnp.inf, logits)).astype(jnp.int32)

@@ -1,0 +1,102 @@
+"""What a run tells: the progress line, metrics.jsonl, result files and the loss plot."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object per logged step; `stage` names the stage where a recipe has several."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rows(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drops what an interrupted run logged beyond the checkpoint it resumes from."""
+        kept = [row for row in self.rows() if row.get("stage", "") != stage or row["step"] <= step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append(self, row: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Progress:
+    """One line per logged step: rewritten in place on a terminal, plain lines elsewhere."""
+
+    def __init__(self, stage: str, num_steps: int, first_step: int):
+        self.label = f"{stage} " if stage else ""
+        self.num_steps = num_steps
+        self.first_step = first_step
+        self.start = time.monotonic()
+        self.in_place = sys.stdout.isatty()
+
+    def show(self, row: dict) -> None:
+        done = row["step"] - self.first_step
+        seconds = time.monotonic() - self.start
+        eta = seconds / max(1, done) * (self.num_steps - row["step"])
+        line = (
+            f"{self.label}step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  "
+            f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"{row['images_per_second']:,.0f} images/s  ETA {format_seconds(eta)}"
+        )
+        last = row["step"] == self.num_steps
+        if self.in_place:
+            width = os.get_terminal_size().columns
+            print(f"\r{line[: width - 1]:<{width - 1}}", end="\n" if last else "", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is either the old one or the new one, whenever the process dies."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_json(path: Path, data) -> None:
+    write_atomically(path, json.dumps(data, indent=2) + "\n")
+
+
+def smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    average, norm, smoothed = 0.0, 0.0, []
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        smoothed.append(average / norm)
+    return smoothed
+
+
+def plot_loss(rows: list[dict], path: Path) -> None:
+    """Draws the loss over steps, one panel per stage, raw and smoothed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), squeeze=False)
+    for stage, axis in zip(stages, axes[0], strict=True):
+        steps, losses = zip(*((row["step"], row["loss"]) for row in rows if row.get("stage", "") == stage), strict=True)
+        axis.plot(steps, losses, alpha=0.35, label="loss")
+        axis.plot(steps, smooth(list(losses)), label="smoothed")
+        axis.set(title=stage or "training loss", xlabel="step", ylabel="loss")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,97 @@
+"""One optimizer step: plain pytrees in, plain pytrees out, gradients only for what trains."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from llava_jax.config import Config, LossConfig, ModelConfig
+from llava_jax.kernels.cross_entropy import supervised_cross_entropy
+from llava_jax.models.llava import LLaVA
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes, and all that a checkpoint holds of the model."""
+
+    step: jax.Array  # int32[], optimizer steps done
+    trainable: dict[str, jax.Array]  # float32 parameters by name
+    opt_state: optax.OptState
+
+
+def abstract_model(config: ModelConfig, **how) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """The network's structure and its parameters' shapes by name; nothing is allocated. `how` goes to LLaVA."""
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: LLaVA(config, rngs=nnx.Rngs(0), **how)))
+    return graphdef, flatten_dict(nnx.to_pure_dict(params), sep=".")
+
+
+def random_parameters(config: ModelConfig, seed: int, names: set[str]) -> dict[str, jax.Array]:
+    """Freshly drawn parameters of the given names, float32."""
+
+    @jax.jit
+    def draw():
+        model = LLaVA(config, rngs=nnx.Rngs(seed))
+        params = flatten_dict(nnx.to_pure_dict(nnx.state(model)), sep=".")
+        return {name: params[name] for name in sorted(names)}
+
+    return draw()
+
+
+def bind(graphdef: nnx.GraphDef, parameters: dict[str, jax.Array]) -> LLaVA:
+    """The network with the given parameters. Call it inside a trace: outside it costs milliseconds."""
+    return nnx.merge(graphdef, unflatten_dict(parameters, sep="."))
+
+
+def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossConfig) -> Callable:
+    """Returns step(state, frozen, batch) -> (state, metrics).
+
+    frozen: the other parameters by name. batch: arrays with a leading accumulation axis, [A, B, ...].
+    metrics: loss, grad_norm (before clipping), num_supervised_tokens; float32[] or int32[].
+    """
+
+    def microbatch_loss(trainable, frozen, batch):
+        model = bind(graphdef, trainable | frozen)
+        hidden = model(batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"])
+        total, count = supervised_cross_entropy(
+            hidden, model.language_model.head(), batch["labels"], chunk_size=loss.chunk_size
+        )
+        if loss.normalize == "microbatch":
+            total = total / jnp.maximum(count, 1)
+        return total, count
+
+    grad_fn = jax.value_and_grad(microbatch_loss, has_aux=True)
+
+    def step(state: TrainState, frozen: dict, batch: dict) -> tuple[TrainState, dict]:
+        num_microbatches = batch["tokens"].shape[0]
+
+        def accumulate(sums, microbatch):
+            return jax.tree.map(jnp.add, sums, grad_fn(state.trainable, frozen, microbatch)), None
+
+        sums = grad_fn(state.trainable, frozen, jax.tree.map(lambda x: x[0], batch))
+        if num_microbatches > 1:
+            sums, _ = jax.lax.scan(accumulate, sums, jax.tree.map(lambda x: x[1:], batch))
+        (total, count), grads = sums
+        parts = num_microbatches if loss.normalize == "microbatch" else jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g / parts, grads)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {"loss": total / parts, "grad_norm": optax.tree.norm(grads), "num_supervised_tokens": count}
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return step
+
+
+def model_settings(config: Config, constrain: Callable) -> dict:
+    """How the stage wants its network run, as keyword arguments of LLaVA."""
+    return dict(
+        dtype=jnp.dtype(config.train.dtype),
+        remat=config.train.remat,
+        unroll=config.train.scan_unroll,
+        constrain=constrain,
+    )

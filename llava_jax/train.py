@@ -1,0 +1,32 @@
+"""python -m llava_jax.train --config=configs/NAME.py[:ARGS] [--workdir=DIR] [--config.KEY=VALUE]: trains a recipe.
+
+The same command again continues an interrupted run.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from llava_jax.commands import run_command
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="A recipe, e.g. configs/quickstart.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; default: runs/ and the recipe's name.")
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+    from llava_jax.config import parse
+
+    recipe = parse(CONFIG.value)
+    workdir = Path(WORKDIR.value or f"runs/{recipe.name}")
+    stages = " -> ".join(name for name in recipe.stages if name) or "one stage"
+    print(f"llava_jax: recipe {recipe.name} ({stages}), run directory {workdir}", flush=True)
+
+    from llava_jax.trainer import run  # imports JAX, which takes a few seconds
+
+    run(recipe, workdir)
+
+
+if __name__ == "__main__":
+    run_command(main)
