@@ -76,9 +76,9 @@ class Generator:
                 f"Prompt and answer together take {longest} tokens, more than the model's "
                 f"{self.config.text.max_position_embeddings} positions; shorten the prompt or max_new_tokens."
             )
-        batch = _left_pad(sequences, images, self.config.vision.image_size)
+        batch = left_pad(sequences, images, self.config.vision.image_size)
         batch = jax.device_put(batch, replicated(self.mesh))
-        tokens = _continue(
+        tokens = continue_prompts(
             self.parameters,
             batch,
             jax.random.key(seed),
@@ -92,12 +92,13 @@ class Generator:
         return [_until(row, self.tokenizer.eos_id) for row in np.asarray(tokens).tolist()]
 
 
-def _left_pad(sequences: list[np.ndarray], images: list[list[np.ndarray]], image_size: int) -> dict:
-    """Prompts as a batch whose last column is every row's last token."""
+def left_pad(sequences: list[np.ndarray], images: list[list[np.ndarray]], image_size: int) -> dict:
+    """Expanded prompts int32[T] and each one's images as a batch whose last column is every row's last token."""
     length = -(-max(map(len, sequences)) // PROMPT_BUCKET) * PROMPT_BUCKET
     tokens, positions, segment_ids = (np.zeros((len(sequences), length), np.int32) for _ in range(3))
     slots = max(map(len, images))
-    pixels = np.zeros((len(sequences), slots, image_size, image_size, 3), np.uint8)
+    dtype = next((image.dtype for its_images in images for image in its_images), np.uint8)
+    pixels = np.zeros((len(sequences), slots, image_size, image_size, 3), dtype)
     for row, (sequence, its_images) in enumerate(zip(sequences, images, strict=True)):
         tokens[row, length - len(sequence) :] = sequence
         positions[row, length - len(sequence) :] = np.arange(len(sequence))
@@ -112,8 +113,12 @@ def _until(tokens: list[int], eos_id: int) -> list[int]:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_id", "sample"))
-def _continue(parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, eos_id, sample) -> jax.Array:
-    """New tokens int32[B, max_new_tokens]; after a row's end token it holds only end tokens."""
+def continue_prompts(parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, eos_id, sample) -> jax.Array:
+    """Continues a left-padded batch by max_new_tokens tokens or until every row has ended.
+
+    -> new tokens int32[B, max_new_tokens]; after a row's end token it holds only end tokens. `sample` draws from
+    the smallest set of probability top_p at the given temperature; otherwise the likeliest token is taken.
+    """
     model = bind(graphdef, parameters)
     B, T = batch["tokens"].shape
     no_images = batch["images"][:, :0]

@@ -3,6 +3,8 @@
 The same command again continues an interrupted run.
 """
 
+import os
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -28,5 +30,17 @@ def main() -> None:
     run(recipe, workdir)
 
 
+def use_huge_pages() -> None:
+    """Starts the process anew with glibc asking for huge pages.
+
+    Each step's large buffers go back to the system and are faulted in again, a third of a small step's time on a
+    CPU; with huge pages that is 100 times rarer. glibc reads the setting at process start only.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
 if __name__ == "__main__":
+    use_huge_pages()
     run_command(main)

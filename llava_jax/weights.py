@@ -10,8 +10,9 @@ import numpy as np
 
 from llava_jax import config as schema
 from llava_jax.checkpoint import SavedParameters, saved_steps
-from llava_jax.config import Config, ModelConfig, TextConfig, VisionConfig
-from llava_jax.convert.source import ModelSource, open_model
+from llava_jax.config import Config, InitConfig, ModelConfig
+from llava_jax.convert.opening import open_model, open_parts, open_projector
+from llava_jax.convert.source import ModelSource
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.optimizer import MODULES
 from llava_jax.step import abstract_model, random_parameters
@@ -47,68 +48,56 @@ class Weights:
 def initial_weights(config: Config) -> Weights:
     """The model that a recipe's first stage starts from, as `init` says.
 
-    Raises ConfigError when a directory's architecture or parameters are not those of `config.model`.
+    Raises ConfigError when a directory's architecture is not that of `config.model`, CheckpointError when
+    its tensors are not those of a model.
     """
     init, model = config.init, config.model
-    _, shapes = abstract_model(model)
-    readers, sources, tokenizer_path = {}, [], init.tokenizer
-    for key, prefixes in _PROVIDES.items():
-        path = getattr(init, key)
-        if not path:
-            continue
-        source = open_any(path)
-        names = [name for name in source.names() if name.startswith(prefixes)]
-        _check_fits(f"init.{key}", path, source, {n: shapes[n].shape for n in shapes if n.startswith(prefixes)}, model)
-        readers |= {name: _reader(source, name) for name in names}
-        if key != "projector":
-            sources.append(source)
-            tokenizer_path = tokenizer_path or source.tokenizer_path
-    missing = shapes.keys() - readers.keys()
+    if init.model:
+        source = open_any(init.model)
+    else:
+        source = open_parts(model, vision_tower=init.vision_tower, language_model=init.language_model)
+    _check_architecture(source, model, init)
+    readers = {name: _reader(source, name) for name in source.names()}
+    if init.projector:
+        readers |= _projector_readers(init.projector, model)
+    names = abstract_model(model)[1].keys()
     return Weights(
         config=model,
-        readers=random_readers(model, config.seed, missing) | readers,
-        set_aside=lambda: {name: array for source in sources for name, array in source.set_aside().items()},
-        tokenizer_path=tokenizer_path,
+        readers=random_readers(model, config.seed, names - readers.keys()) | readers,
+        set_aside=source.set_aside,
+        tokenizer_path=init.tokenizer or source.tokenizer_path,
         template=config.data.template,
         image_aspect_ratio=config.data.image_aspect_ratio,
     )
 
 
-# What each path in `init` provides; later ones win, so a projector may replace the model's own.
-_PROVIDES = {
-    "model": tuple(MODULES),
-    "vision_tower": ("vision_tower",),
-    "language_model": ("language_model",),
-    "projector": ("multi_modal_projector",),
-}
-
-
-def _check_fits(key: str, path: str, source, shapes: dict[str, tuple], model: ModelConfig) -> None:
-    """Raises ConfigError when a source is not of the architecture that the config asks for."""
-    theirs, ours = source.config, model
-    if not isinstance(theirs, ModelConfig):
-        ours = {VisionConfig: model.vision, TextConfig: model.text}.get(type(theirs))
-    if ours is not None and key != "init.projector":
-        prefix = {VisionConfig: "model.vision.", TextConfig: "model.text."}.get(type(theirs), "model.")
-        differing = _differences(theirs, ours, prefix)
-        if differing:
-            overrides = " ".join(f"--config.{name}={value}" for name, value, _ in differing)
-            raise ConfigError(
-                f"{key}={path} is of another architecture than the config: "
-                + ", ".join(f"{name}={value} (config: {asked})" for name, value, asked in differing)
-                + f". Choose the recipe of that size, or add {overrides}"
-            )
-    names = set(source.names())
-    wrong = [f"{n} is missing" for n in shapes if n not in names] + [
-        f"{n} has shape {tuple(source.shape(n))}, not {tuple(shapes[n])}"
-        for n in shapes
-        if n in names and tuple(source.shape(n)) != tuple(shapes[n])
-    ]
-    if wrong:
+def _check_architecture(source: ModelSource | Weights, model: ModelConfig, init: InitConfig) -> None:
+    if not isinstance(source.config, ModelConfig):
         raise ConfigError(
-            f"{key}={path} does not fit the config's model: {'; '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}."
+            f"init.model={init.model} is a part of a model (layout {source.layout}); "
+            "set init.vision_tower or init.language_model to it instead."
         )
+    differing = _differences(source.config, model, "model.")
+    if differing:
+        path = init.model or " and ".join(filter(None, (init.vision_tower, init.language_model)))
+        raise ConfigError(
+            f"{path} has another architecture than the config: "
+            + ", ".join(f"{key}={theirs!r} (config: {ours!r})" for key, theirs, ours in differing)
+            + ". Choose the recipe of that size, or add "
+            + " ".join(f"--config.{key}={theirs}" for key, theirs, _ in differing)
+        )
+
+
+def _projector_readers(path: str, model: ModelConfig) -> dict[str, Callable[[], np.ndarray]]:
+    source = open_run(Path(path)) if _is_run(Path(path)) else open_projector(path)
+    found = {name: tuple(source.shape(name)) for name in source.names() if _is_projector(name)}
+    expected = {name: leaf.shape for name, leaf in abstract_model(model)[1].items() if _is_projector(name)}
+    if found != expected:
+        raise ConfigError(
+            f"The projector in init.projector={path} has shapes {found}; model.projector_type={model.projector_type!r} "
+            f"between this tower and this decoder needs {expected}."
+        )
+    return {name: _reader(source, name) for name in found}
 
 
 def _differences(theirs, ours, prefix: str) -> list[tuple[str, object, object]]:

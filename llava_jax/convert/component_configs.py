@@ -43,6 +43,7 @@ _DECODERS = {
     },
 }
 
+
 def refuse(where: str, key: str, value, reason: str):
     """Raises the ConversionError about one field of the config.json called `where`."""
     raise ConversionError(f"{where}: {key}={value!r} cannot be converted, {reason}.")
@@ -119,7 +120,9 @@ def _read_rope(fields: dict, where: str) -> tuple[float, RopeScaling]:
         refuse(where, "partial_rotary_factor", "below 1", "all of a head is rotated")
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
-    known = {field: parameters.pop(field) for field in RopeScaling.__dataclass_fields__ if field in parameters}
+    known = {
+        field: parameters.pop(field) for field in RopeScaling.__dataclass_fields__ if field in parameters
+    }
     if parameters:
         refuse(where, "rope_parameters", parameters, f"these have no meaning for rope_type {kind!r} here")
     return float(theta), build(RopeScaling, where, rope_type=kind, **known)
@@ -154,7 +157,7 @@ def write_text_config(config: TextConfig) -> dict:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "attention_bias": config.attention_bias != "none",
+        "attention_bias": config.attention_bias == "qkvo",
         "tie_word_embeddings": config.tie_word_embeddings,
         **_write_rope(config),
     }

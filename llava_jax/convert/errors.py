@@ -1,7 +1,9 @@
 """The error of this room."""
 
+from llava_jax.errors import CheckpointError
 
-class ConversionError(ValueError):
+
+class ConversionError(CheckpointError):
     """A directory or file that cannot be converted; the message names it, the reason and the fix."""
 
 

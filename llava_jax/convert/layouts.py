@@ -1,4 +1,4 @@
-"""Reads each foreign layout: the llava-hf and original LLaVA models, CLIP and decoder directories, projectors."""
+"""Opens each foreign layout: llava-hf and original LLaVA models, CLIP towers, decoders, projectors."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ from llava_jax.convert.names import (
     text_rows,
     vision_rows,
 )
-from llava_jax.convert.source import Leaf, ModelSource
+from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles, read_json
 from llava_jax.convert.tokenizer_files import find_tokenizer
 
@@ -38,7 +38,7 @@ def detect_layout(files: TensorFiles, fields: dict) -> str:
         if any(name.endswith("embeddings.patch_embedding.weight") for name in names):
             return "clip"
         raise ConversionError(
-            f"{files.path} holds neither a decoder nor a CLIP tower nor a projector under names that are known "
+            f"{files.path} holds no decoder, no CLIP tower and no projector under names that are known "
             f"(it begins with {', '.join(names[:3]) or 'no tensor at all'})."
         )
     if any("multi_modal_projector." in name for name in names) or "text_config" in fields:
@@ -64,15 +64,15 @@ def open_llava_hf(path: Path, files: TensorFiles, fields: dict) -> ModelSource:
 
 
 def open_llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> ModelSource:
-    """An original LLaVA. Its CLIP tower may lie inside, in `vision_tower`, or where `mm_vision_tower` says."""
+    """An original LLaVA. Its tower may lie inside, in `vision_tower`, or where `mm_vision_tower` says."""
     where = _where(path, fields)
     matching = Matching(files, "llava")
     holds_tower = any(name.startswith(VISION) for name in matching.names())
     tower = _tower_directory(path, fields, vision_tower)
     if not holds_tower and tower is None:
         raise ConversionError(
-            f"{path} holds no CLIP tower, and mm_vision_tower={fields.get('mm_vision_tower')!r} in its config.json "
-            "is no directory here; give one (--vision-tower=DIR)."
+            f"{path} holds no CLIP tower, and mm_vision_tower={fields.get('mm_vision_tower')!r} in "
+            "its config.json is no directory here; give one (--vision-tower=DIR)."
         )
     vision = _tower_config(fields, tower, where)
     model = read_llava_config(fields, vision, where)
@@ -124,7 +124,7 @@ def open_projector(path: Path, files: TensorFiles) -> ModelSource:
 
 def _where(path: Path, fields: dict) -> str:
     if not fields:
-        raise ConversionError(f"{path} has no config.json, which says what its tensors mean; add the model's own.")
+        raise ConversionError(f"{path} has no config.json, which says what its tensors mean; add it.")
     return str(path / "config.json")
 
 
@@ -137,7 +137,7 @@ def _whole(layout, path, fields, model, leaves, idle, *, default_aspect_ratio) -
 
 
 def _tower_directory(path: Path, fields: dict, vision_tower) -> Path | None:
-    """The given directory; else what mm_vision_tower names: a path as it stands, inside `path` or beside it."""
+    """The given directory; else what mm_vision_tower names, inside `path` or beside it if not absolute."""
     if vision_tower:
         if not Path(vision_tower).is_dir():
             raise ConversionError(f"--vision-tower={vision_tower} is no directory.")
@@ -156,5 +156,5 @@ def _tower_config(fields: dict, tower: Path | None, where: str) -> VisionConfig:
     if name in PUBLISHED_TOWERS:
         return PUBLISHED_TOWERS[name]
     raise ConversionError(
-        f"{where} names the tower {name!r}, whose configuration is not known; give its directory (--vision-tower=DIR)."
+        f"{where} names the tower {name!r}, whose config is unknown; give its directory (--vision-tower=DIR)."
     )

@@ -49,8 +49,8 @@ class Matching:
             parts = [self.files.read(name, begin, min(begin + 4096, rows)) for name in (head, embedding)]
             if not np.array_equal(*parts):
                 raise ConversionError(
-                    f"{self.files.path}: config.json ties lm_head to the embeddings, but {head} and {embedding} "
-                    "differ; set tie_word_embeddings to false if they were trained apart."
+                    f"{self.files.path}: config.json ties lm_head to the embeddings, but {head} and "
+                    f"{embedding} differ; set tie_word_embeddings to false if they were trained apart."
                 )
         del self._names[HEAD]
 
@@ -85,10 +85,9 @@ class Matching:
             for name, shape in expected.items()
             if name in self._names and self.shape(name) != shape
         ]
+        found = {"are missing": missing, "are unexpected": unexpected, "have another shape": wrong}
         problems = [
-            f"{len(found)} tensors {what} ({listing(found)})"
-            for what, found in (("are missing", missing), ("are unexpected", unexpected), ("have another shape", wrong))
-            if found
+            f"{len(names)} tensors {what} ({listing(names)})" for what, names in found.items() if names
         ]
         if problems:
             raise ConversionError(
@@ -120,4 +119,5 @@ class Matching:
     def _extra_rows(self, name: str, begin: int) -> Leaf:
         file_name = self._names[name]
         count, width = self.shape(name)
-        return Leaf((count - begin, width), self.files.dtype(file_name), lambda: self.files.read(file_name, begin))
+        dtype = self.files.dtype(file_name)
+        return Leaf((count - begin, width), dtype, lambda: self.files.read(file_name, begin))

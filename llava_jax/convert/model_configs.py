@@ -1,5 +1,7 @@
 """The config.json of a whole LLaVA, as transformers and as the original write it, to ours and back."""
 
+import dataclasses
+
 from llava_jax.config import ModelConfig, VisionConfig
 from llava_jax.convert.component_configs import (
     build,
@@ -20,6 +22,20 @@ PUBLISHED_TOWERS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids that a config.json names."""
+
+    image: int
+    pad: int
+    bos: int
+    eos: int
+
+
+# The original's placeholder is no row of the vocabulary, and it pads with the unknown token.
+ORIGINAL_TOKENS = SpecialTokens(image=-200, pad=0, bos=1, eos=2)
+
+
 def read_llava_hf_config(fields: dict, where: str, generation: dict) -> tuple[ModelConfig, int]:
     """-> the model with its base vocabulary, and how many token rows its files hold.
 
@@ -32,7 +48,9 @@ def read_llava_hf_config(fields: dict, where: str, generation: dict) -> tuple[Mo
     if not isinstance(layer, int):
         refuse(where, "vision_feature_layer", layer, "features are read from one layer")
     if fields.get("projector_hidden_act", "gelu") != "gelu":
-        refuse(where, "projector_hidden_act", fields["projector_hidden_act"], "projectors are built with 'gelu'")
+        refuse(
+            where, "projector_hidden_act", fields["projector_hidden_act"], "projectors are built with 'gelu'"
+        )
     if not fields.get("multimodal_projector_bias", True):
         refuse(where, "multimodal_projector_bias", False, "projectors are built with biases")
     text_fields = fields.get("text_config") or {}
@@ -41,14 +59,13 @@ def read_llava_hf_config(fields: dict, where: str, generation: dict) -> tuple[Mo
     file_vocabulary = read_text_config(text_fields, where).vocab_size
     image_token = fields.get("image_token_index", fields.get("image_token_id", 32000))
     ends = [generation.get("eos_token_id"), text_fields.get("eos_token_id"), fields.get("eos_token_id")]
-    ends = [end for value in ends for end in (value if isinstance(value, list) else [value]) if end is not None]
+    ends = [
+        end for value in ends for end in (value if isinstance(value, list) else [value]) if end is not None
+    ]
     appended = file_vocabulary // 2 < image_token < file_vocabulary and all(end < image_token for end in ends)
     base = image_token if appended else file_vocabulary
-    vision_fields = fields.get("vision_config")
-    if vision_fields is None:
-        vision = VisionConfig()  # transformers' LlavaConfig has ViT-L/14 at 336 px as its default too
-    else:
-        vision = read_vision_config(vision_fields, where)
+    vision_fields = fields.get("vision_config")  # without it transformers too assumes ViT-L/14 at 336 px
+    vision = VisionConfig() if vision_fields is None else read_vision_config(vision_fields, where)
     strategy = fields.get("vision_feature_select_strategy", "default")
     features = {"default": "patch", "full": "cls_patch"}
     if strategy not in features:
@@ -65,10 +82,8 @@ def read_llava_hf_config(fields: dict, where: str, generation: dict) -> tuple[Mo
     return model, file_vocabulary
 
 
-def write_llava_hf_config(
-    model: ModelConfig, *, dtype: str, vocab_size: int, image_token: int, pad_token: int, bos: int, eos: int
-) -> dict:
-    """The config.json of a LlavaForConditionalGeneration; see `read_llava_hf_config`."""
+def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str, vocab_size: int) -> dict:
+    """The config.json of a LlavaForConditionalGeneration whose files hold `vocab_size` token rows."""
     if model.projector_type != "mlp2x_gelu":
         raise ConversionError(
             f"The llava-hf layout has no projector of type {model.projector_type!r}, only 'mlp2x_gelu'; "
@@ -80,9 +95,9 @@ def write_llava_hf_config(
         "model_type": "llava",
         "torch_dtype": dtype,
         "ignore_index": -100,
-        "image_token_index": image_token,
+        "image_token_index": tokens.image,
         "image_seq_length": model.num_image_tokens,
-        "pad_token_id": pad_token,
+        "pad_token_id": tokens.pad,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": model.select_layer,
@@ -92,9 +107,9 @@ def write_llava_hf_config(
         | {
             "model_type": "qwen2" if text.attention_bias == "qkv" else "llama",
             "vocab_size": vocab_size,
-            "bos_token_id": bos,
-            "eos_token_id": eos,
-            "pad_token_id": pad_token,
+            "bos_token_id": tokens.bos,
+            "eos_token_id": tokens.eos,
+            "pad_token_id": tokens.pad,
             "torch_dtype": dtype,
         },
         "vision_config": write_vision_config(model.vision),
@@ -105,7 +120,12 @@ def read_llava_config(fields: dict, vision: VisionConfig, where: str) -> ModelCo
     """An original LLaVA's fields and its tower's config -> ModelConfig."""
     kind = fields.get("model_type", "llava_llama")
     if kind not in _ORIGINAL_DECODERS:
-        refuse(where, "model_type", kind, f"the original models that can be read are {', '.join(_ORIGINAL_DECODERS)}")
+        refuse(
+            where,
+            "model_type",
+            kind,
+            f"the original models that can be read are {', '.join(_ORIGINAL_DECODERS)}",
+        )
     if fields.get("mm_use_im_start_end"):
         refuse(where, "mm_use_im_start_end", True, "images are not wrapped in start and end tokens here")
     if fields.get("s2"):
@@ -121,7 +141,7 @@ def read_llava_config(fields: dict, vision: VisionConfig, where: str) -> ModelCo
     )
 
 
-def write_llava_config(model: ModelConfig, *, dtype: str, image_aspect_ratio: str, bos: int, eos: int) -> dict:
+def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str) -> dict:
     """The config.json of an original LLaVA, with the fields of the published ones.
 
     The tower's weights travel inside the checkpoint; `unfreeze_mm_vision_tower` makes the original load them.
@@ -130,7 +150,7 @@ def write_llava_config(model: ModelConfig, *, dtype: str, image_aspect_ratio: st
     """
     if model.text.attention_bias == "qkv":
         raise ConversionError(
-            "The original LLaVA has no decoder with query, key and value biases (Qwen2); use --layout=llava-hf."
+            "The original LLaVA has no decoder with biases in its attention (Qwen2); use --layout=llava-hf."
         )
     tower = next((name for name, config in PUBLISHED_TOWERS.items() if config == model.vision), "")
     return {
@@ -138,12 +158,11 @@ def write_llava_config(model: ModelConfig, *, dtype: str, image_aspect_ratio: st
         "model_type": "llava_llama",
         "torch_dtype": dtype,
         **write_text_config(model.text),
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "pad_token_id": 0,
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.pad,
         "pretraining_tp": 1,
         "use_cache": True,
-        "image_aspect_ratio": image_aspect_ratio,
         "mm_hidden_size": model.vision.hidden_size,
         "mm_patch_merge_type": "flat",
         "mm_projector_type": model.projector_type,

@@ -19,8 +19,9 @@ VISION, PROJECTOR, TEXT = "vision_tower.", "multi_modal_projector.", "language_m
 EMBEDDING, HEAD = TEXT + "embed_tokens.weight", TEXT + "lm_head.weight"
 VOCABULARY = (EMBEDDING, HEAD)  # the tensors with one row per token
 
-# Our leaf, Hugging Face's tensor ("{}" is a layer; such a leaf stacks all layers on axis 0), how the one becomes
-# the other, and our sizes without the layer axis. C vision width, F its MLP, S its positions, X one patch's pixels.
+# Our leaf, Hugging Face's tensor ("{}" is a layer; such a leaf stacks all layers on axis 0), how the one
+# becomes the other, and our sizes without the layer axis.
+# C vision width, F its MLP, S its positions, X one patch's pixels.
 _VISION = (
     ("class_embedding", "embeddings.class_embedding", COPY, "C"),
     ("patch_embedding.kernel", "embeddings.patch_embedding.weight", PATCHES, "XC"),
@@ -129,10 +130,12 @@ def vision_rows(config: VisionConfig, num_layers: int) -> list[Row]:
 
 
 def idle_vision_rows(config: VisionConfig, num_layers: int) -> list[Row]:
-    """CLIP's tensors above its first `num_layers` layers, each under its canonical name and in its own shape."""
+    """CLIP's tensors above its first `num_layers` layers, each under its canonical name and as stored."""
     sizes = _vision_sizes(config)
     layer_rows = _rows(VISION, [row for row in _VISION if "{}" in row[1]], sizes, config.num_hidden_layers)
-    tensors = [(row.tensors[i], row) for i in range(num_layers, config.num_hidden_layers) for row in layer_rows]
+    tensors = [
+        (row.tensors[i], row) for i in range(num_layers, config.num_hidden_layers) for row in layer_rows
+    ]
     tensors += [(row.tensors[0], row) for row in _rows(VISION, _VISION_END, sizes, 0)]
     return [Row(name, (name,), COPY, row.tensor_shape, False) for name, row in tensors]
 
@@ -207,7 +210,9 @@ _ALSO_READ = {
 }
 
 _IGNORABLE = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
-_IGNORABLE_CLIP = re.compile(r"^(text_model\..*|visual_projection\.weight|text_projection\.weight|logit_scale)$")
+_IGNORABLE_CLIP = re.compile(
+    r"^(text_model\..*|visual_projection\.weight|text_projection\.weight|logit_scale)$"
+)
 
 
 def is_ignorable(name: str, layout: str) -> bool:

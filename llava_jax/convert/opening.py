@@ -5,10 +5,9 @@ from pathlib import Path
 
 from llava_jax.config import ConfigError, ModelConfig
 from llava_jax.convert import layouts, ours
-from llava_jax.convert.component_configs import read_vision_config
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.names import PROJECTOR, projector_rows
-from llava_jax.convert.source import ModelSource
+from llava_jax.convert.source import Leaf, ModelSource
 from llava_jax.convert.tensors import TensorFiles
 
 
@@ -51,23 +50,58 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="", projec
     The result has layout "parts", the leaves of the components given, and as config `model` with their own
     configs put in. Raises ConversionError where a component is none, or where they do not fit together.
     """
-    leaves, idle, tokenizer_path = {}, {}, ""
-    if language_model:
-        decoder = open_model(language_model)
-        _expect(decoder, "llama", language_model, "a decoder")
-        model = _replace(model, text=decoder.config)
-        leaves |= decoder.leaves
-        tokenizer_path = decoder.tokenizer_path
-    if vision_tower:
-        path = _existing(vision_tower)
-        files, fields = TensorFiles(path), layouts.config_fields(path)
-        if layouts.detect_layout(files, fields) == "clip":
-            model = _replace(model, vision=read_vision_config(fields, str(path / "config.json")))
-        clip = layouts.open_clip(path, files, fields, model.num_vision_layers_run)
-        leaves |= clip.leaves
-        idle |= clip.idle
+    decoder = _component(language_model, "llama", "decoder") if language_model else None
+    clip = _component(vision_tower, "clip", "CLIP tower") if vision_tower else None
+    found = {"text": decoder, "vision": clip}
+    try:
+        model = dataclasses.replace(model, **{key: part.config for key, part in found.items() if part})
+    except ConfigError as error:
+        raise ConversionError(f"{language_model} and {vision_tower} do not fit together: {error}") from error
+    leaves, idle = {}, {}
+    if clip:
+        path = Path(vision_tower)
+        clip = layouts.open_clip(
+            path, TensorFiles(path), layouts.config_fields(path), num_layers=model.num_vision_layers_run
+        )
+        leaves, idle = dict(clip.leaves), clip.idle
     if projector:
-        connector = open_projector(projector)
-        _expect_projector(connector, model, projector)
-        leaves |= connector.leaves
-    return ModelSource("parts", model, leaves, idle, tokenizer_path)
+        leaves |= _fitting_projector(projector, model)
+    if decoder:
+        leaves |= decoder.leaves
+    return ModelSource("parts", model, leaves, idle, decoder.tokenizer_path if decoder else "")
+
+
+def _existing(path) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise ConversionError(f"{path} does not exist.")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ConversionError(
+            f"{path} is no directory and no .safetensors file. Pickled .bin files are not read yet; save "
+            "their tensors as safetensors first."
+        )
+    return path
+
+
+def _component(path, layout: str, noun: str) -> ModelSource:
+    source = open_model(path)
+    if source.layout != layout:
+        raise ConversionError(
+            f"{path} should be a {noun} of its own, but it is a model of layout {source.layout}."
+        )
+    return source
+
+
+def _fitting_projector(path, model: ModelConfig) -> dict[str, Leaf]:
+    leaves = open_projector(path).leaves
+    rows = projector_rows(model.vision.hidden_size, model.text.hidden_size, model.projector_depth)
+    found, expected = (
+        {name: leaf.shape for name, leaf in leaves.items()},
+        {row.leaf: row.shape for row in rows},
+    )
+    if found != expected:
+        raise ConversionError(
+            f"The projector in {path} has shapes {found}, but model.projector_type="
+            f"{model.projector_type!r} between this tower and this decoder needs {expected}."
+        )
+    return leaves

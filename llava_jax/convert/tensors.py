@@ -1,8 +1,7 @@
-"""Safetensors files: what a file or directory holds, read tensor by tensor, and sharded files written as a stream."""
+"""Safetensors files: read tensor by tensor, and written, sharded, as a stream."""
 
 import contextlib
 import json
-import math
 import os
 from pathlib import Path
 
@@ -48,7 +47,7 @@ class TensorFiles:
         file, _, code = self._entries[name]
         if code not in _DTYPES:
             raise ConversionError(
-                f"{file}: tensor {name} is stored as {code}; only {', '.join(_CODES)} can be read. "
+                f"{file}: tensor {name} is stored as {code}; only {', '.join(_DTYPES)} can be read. "
                 "Convert an unquantised copy of the model."
             )
         return np.dtype(_DTYPES[code])
@@ -93,10 +92,12 @@ def _files(path: Path) -> list[Path]:
         )
     if list(path.glob("*.bin")):
         raise ConversionError(
-            f"{path} holds its weights in .bin files, which are pickles and are not read yet; save the model as "
-            "safetensors first (in transformers: model.save_pretrained(directory))."
+            f"{path} holds its weights in .bin files, which are pickles and are not read yet; save the model "
+            "as safetensors first (in transformers: model.save_pretrained(directory))."
         )
-    raise ConversionError(f"{path} holds no safetensors file and no llava_jax model; is it the right directory?")
+    raise ConversionError(
+        f"{path} holds no safetensors file and no llava_jax model; is it the right directory?"
+    )
 
 
 def _index(path: Path) -> Path | None:
@@ -117,7 +118,9 @@ def _indexed(path: Path) -> dict[str, str]:
 
 def _shard(index: Path, name: str) -> Path:
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConversionError(f"{index} points outside its directory, to {name!r}; such an index is not followed.")
+        raise ConversionError(
+            f"{index} points outside its directory, to {name!r}; such an index is not followed."
+        )
     shard = index.parent / name
     if not shard.exists():
         raise ConversionError(f"{index} lists the shard {name}, which is not there; fetch or write it again.")
@@ -136,10 +139,11 @@ def read_json(path: Path) -> dict:
 
 
 class ShardWriter:
-    """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes and their index, tensor by tensor.
+    """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes and their index.
 
-    The safetensors library needs all tensors of a file in memory at once. The format is a length, a JSON header
-    and the bytes, so here a header's room is left free, the bytes are streamed, and the header is filled in last.
+    The safetensors library needs all tensors of a file in memory at once. The format is a length, a JSON
+    header and the bytes, so here a header's room is left free, the bytes are streamed tensor by tensor, and
+    the header is filled in last.
     """
 
     def __init__(self, directory: Path, *, names: list[str], max_shard_size: int):
@@ -147,18 +151,16 @@ class ShardWriter:
         self._directory = directory
         self._max_shard_size = max_shard_size
         room = 64 + sum(len(json.dumps(name)) + 128 for name in names)
-        self._room = math.ceil(room / 8) * 8
+        self._room = -(-room // 8) * 8
         self._headers = []  # per shard: name -> entry
-        self._file = None
         self._position = 0
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Appends a tensor of a dtype that `TensorFiles` reads."""
-        if self._file is None or (self._position and self._position + array.nbytes > self._max_shard_size):
+        if not self._headers or (self._position and self._position + array.nbytes > self._max_shard_size):
             self._finish_shard()
             self._headers.append({})
-            self._file = open(self._directory / f"shard-{len(self._headers)}", "wb")  # noqa: SIM115
-            self._file.seek(8 + self._room)
+            self._shard().write_bytes(bytes(8 + self._room))
             self._position = 0
         end = self._position + array.nbytes
         self._headers[-1][name] = {
@@ -166,8 +168,12 @@ class ShardWriter:
             "shape": list(array.shape),
             "data_offsets": [self._position, end],
         }
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        with open(self._shard(), "ab") as file:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         self._position = end
+
+    def _shard(self) -> Path:
+        return self._directory / f"shard-{len(self._headers)}"
 
     def close(self) -> None:
         """Completes the last file and gives all of them their final names."""
@@ -179,17 +185,17 @@ class ShardWriter:
             os.rename(self._directory / f"shard-{i}", self._directory / name)
             weight_map |= dict.fromkeys(header, name)
         if count > 1:
-            total = sum(max(entry["data_offsets"][1] for entry in header.values()) for header in self._headers)
+            total = sum(
+                max(entry["data_offsets"][1] for entry in header.values()) for header in self._headers
+            )
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self._directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
     def _finish_shard(self) -> None:
-        if self._file is None:
+        if not self._headers:
             return
         header = {"__metadata__": {"format": "pt"}} | self._headers[-1]
         encoded = json.dumps(header, separators=(",", ":")).encode()
         assert len(encoded) <= self._room
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + encoded.ljust(self._room))
-        self._file.close()
-        self._file = None
+        with open(self._shard(), "r+b") as file:
+            file.write(self._room.to_bytes(8, "little") + encoded.ljust(self._room))

@@ -118,7 +118,7 @@ class Pipeline:
             return step, self._load(self._rows(self.sample_ids(step)).flat[row])
 
         threads = self.config.num_threads
-        buffer = _BATCHES_AHEAD * num_rows if threads else 0
+        buffer = max(threads, _BATCHES_AHEAD * num_rows) if threads else 0
         rows = grain.MapDataset.range((last_step - first_step) * num_rows).map(load)
         rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
         return iter(
@@ -159,8 +159,8 @@ class Pipeline:
             length = len(tokens)
             if length > config.max_length and config.too_long == "error":
                 raise DataError(
-                    f"its {length} tokens exceed data.max_length={config.max_length}; shorten it, raise that, "
-                    "or set data.too_long='truncate'."
+                    f"its {length} tokens exceed data.max_length={config.max_length}; shorten it, raise "
+                    "that, or set data.too_long='truncate'."
                 )
             tokens, labels = truncate(tokens, labels, config.max_length, self._num_image_tokens)
         except DataError as error:

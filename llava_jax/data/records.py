@@ -124,7 +124,7 @@ def _read_json(path: str) -> Iterable[object]:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check data.path.") from error
+        raise DataError(f"{path!r}: cannot be read ({error.strerror}); check data.path.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
     if text.lstrip()[:1] == "[":

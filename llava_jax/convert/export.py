@@ -1,0 +1,128 @@
+"""Writes a model as a Hugging Face directory (llava-hf) or in the original LLaVA's layout."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401 (teaches numpy the name "bfloat16")
+import numpy as np
+
+from llava_jax.config import ModelConfig
+from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.hf_processor import write_processor, write_slow_tokenizer_config, write_tokenizer
+from llava_jax.convert.model_configs import (
+    ORIGINAL_TOKENS,
+    SpecialTokens,
+    write_llava_config,
+    write_llava_hf_config,
+)
+from llava_jax.convert.names import VOCABULARY, idle_vision_rows, model_rows, spell
+from llava_jax.convert.new_directory import new_directory
+from llava_jax.convert.tensors import ShardWriter
+from llava_jax.convert.tokenizer_files import copy_tokenizer
+
+
+def write_hf(
+    directory,
+    *,
+    layout: str,
+    model: ModelConfig,
+    read: Callable[[str], np.ndarray],
+    set_aside: Mapping[str, np.ndarray] | None = None,
+    tokenizer_path: str = "",
+    template: str = "v1",
+    image_aspect_ratio: str = "pad",
+    dtype: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Writes safetensors, configs, tokenizer and processor so that the layout's own software loads them.
+
+    `read` gives a leaf by our name; one leaf is held at a time. `dtype` None keeps each leaf's own.
+
+    "llava-hf" gets the names of the published files, which all versions of transformers read. Its vocabulary
+    grows by `<image>` and `<pad>` to a multiple of 64; the token rows above ours are those set aside at
+    import, else the mean of ours. "llava" keeps our vocabulary and holds the CLIP tower. CLIP's layers and
+    norm that are never run come from `set_aside`; without it they are written as identities: layers whose
+    projections and biases are zero, norms of scale one.
+
+    Raises ConversionError if the layout cannot express the model or `directory` exists and is not empty.
+    """
+    if layout not in ("llava-hf", "llava"):
+        raise ConversionError(f"layout={layout!r} is not one of 'llava-hf', 'llava'.")
+    set_aside = set_aside or {}
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConversionError(f"dtype={dtype!r} is not one of 'float32', 'bfloat16', 'float16'.")
+    named_dtype = dtype or read("language_model.norm.scale").dtype.name
+    with new_directory(directory) as partial:
+        if layout == "llava-hf":
+            tokens = write_tokenizer(partial, tokenizer_path, model)
+            vocabulary = _padded_vocabulary(model.text.vocab_size, tokens, set_aside)
+            fields = write_llava_hf_config(model, tokens, dtype=named_dtype, vocab_size=vocabulary)
+            write_processor(partial, model, template, image_aspect_ratio)
+        else:
+            copy_tokenizer(tokenizer_path, partial)
+            write_slow_tokenizer_config(partial)
+            tokens, vocabulary = ORIGINAL_TOKENS, model.text.vocab_size
+            fields = write_llava_config(model, tokens, dtype=named_dtype)
+        fields |= {"image_aspect_ratio": image_aspect_ratio, "conversation_template": template}
+        generation = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+        (partial / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
+        _write_tensors(partial, layout, model, read, set_aside, vocabulary, dtype, max_shard_size)
+
+
+def _padded_vocabulary(base: int, tokens: SpecialTokens, set_aside: Mapping[str, np.ndarray]) -> int:
+    """How many token rows to write: as many as were imported, else a multiple of 64."""
+    needed = max(base, tokens.image + 1, tokens.pad + 1)
+    imported = base + max((len(set_aside[name]) for name in VOCABULARY if name in set_aside), default=0)
+    return imported if base < imported >= needed else -(-needed // 64) * 64
+
+
+def _write_tensors(
+    directory: Path, layout, model, read, set_aside, vocabulary, dtype, max_shard_size
+) -> None:
+    rows = model_rows(model)
+    idle_rows = idle_vision_rows(model.vision, model.num_vision_layers_run)
+    names = {
+        name: spell(name, layout, model.projector_type) for row in [*rows, *idle_rows] for name in row.tensors
+    }
+    writer = ShardWriter(directory, names=list(names.values()), max_shard_size=max_shard_size)
+    for row in rows:
+        leaf = _cast(np.asarray(read(row.leaf)), dtype, row.leaf)
+        if leaf.shape != row.shape:
+            raise ConversionError(f"{row.leaf} has shape {leaf.shape}, but its config asks for {row.shape}.")
+        for name, part in zip(row.tensors, leaf if row.stacked else [leaf], strict=True):
+            tensor = row.to_theirs(part)
+            if name in VOCABULARY:
+                tensor = _with_more_rows(tensor, set_aside.get(name), vocabulary)
+            writer.add(names[name], tensor)
+        if row.leaf == "vision_tower.class_embedding":
+            vision_dtype = leaf.dtype
+    for row in idle_rows:
+        tensor = set_aside.get(row.leaf)
+        if tensor is None:
+            is_norm_scale = re.search(r"norm\d?\.weight$", row.leaf)
+            tensor = np.full(row.shape, 1 if is_norm_scale else 0, vision_dtype)
+        writer.add(names[row.leaf], _cast(tensor, dtype, row.leaf))
+    writer.close()
+
+
+def _with_more_rows(tensor: np.ndarray, more: np.ndarray | None, count: int) -> np.ndarray:
+    """`tensor` [V, D] with `more` below it, then its own mean, `count` rows in all."""
+    if len(tensor) == count:
+        return tensor
+    more = np.empty((0, tensor.shape[1]), tensor.dtype) if more is None else more[: count - len(tensor)]
+    mean = tensor.mean(axis=0, keepdims=True, dtype=np.float32).astype(tensor.dtype)
+    rest = np.repeat(mean, count - len(tensor) - len(more), axis=0)
+    return np.concatenate([tensor, more.astype(tensor.dtype), rest])
+
+
+def _cast(array: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
+    if dtype is None or array.dtype.name == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if dtype == "float16" and np.isinf(cast).any() and not np.isinf(array).any():
+        raise ConversionError(f"{name} holds values beyond float16's range; export as bfloat16 or float32.")
+    return cast

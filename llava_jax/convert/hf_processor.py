@@ -1,0 +1,159 @@
+"""The tokenizer, image processor and chat template of an exported llava-hf directory."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+from llava_jax.config import ModelConfig
+from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.model_configs import SpecialTokens
+from llava_jax.convert.tokenizer_files import copy_tokenizer
+
+IMAGE, PAD = "<image>", "<pad>"
+
+_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_STD = [0.26862954, 0.26130258, 0.27577711]
+
+# The original cuts a prompt at each image and tokenizes the text after it on its own, which puts a "\u2581"
+# before the newline. transformers does not, so the template writes the space that makes the ids equal.
+_TURNS = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{ 'USER: ' }}{%- endif -%}
+{%- if message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}{%- endif -%}
+{%- if message['role'] != 'system' -%}
+{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image> \\n' }}{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
+{%- endif -%}
+{{ ' ' if message['role'] == 'user' else eos_token }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+_SYSTEM = """\
+{%- set first = messages[0] if messages and messages[0]['role'] == 'system' else none -%}
+{%- if first is none -%}{{ SYSTEM }}{%- elif first['content'] is string -%}{{ first['content'] + ' ' }}\
+{%- else -%}{%- for part in first['content'] -%}{{ part['text'] + ' ' }}{%- endfor -%}{%- endif -%}
+"""
+_ASSISTANT = (
+    "A chat between a curious {} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {}'s questions. "
+)
+_SYSTEMS = {name: _ASSISTANT.format("user", "user") for name in ("v1", "vicuna_v1")}
+_SYSTEMS["llava_v1"] = _ASSISTANT.format("human", "human")
+
+
+def write_tokenizer(directory: Path, tokenizer_path: str, model: ModelConfig) -> SpecialTokens:
+    """Writes tokenizer.json with `<image>` and `<pad>` appended. Without a tokenizer only ids are returned.
+
+    Plain text gets the ids of sentencepiece with legacy=false and a leading BOS, except that transformers'
+    tokenizer merges runs of spaces differently.
+    """
+    base = model.text.vocab_size
+    if not tokenizer_path:
+        return SpecialTokens(image=base, pad=base + 1, bos=1, eos=2)
+    from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
+
+    with tempfile.TemporaryDirectory() as copied:
+        copy_tokenizer(tokenizer_path, Path(copied))
+        if (Path(copied) / "tokenizer.model").exists():
+            tokenizer = LlamaTokenizer.from_pretrained(copied, add_bos_token=True, add_eos_token=False)
+            _check_ids(tokenizer, tokenizer_path, Path(copied) / "tokenizer.model")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(copied)
+    own = [token for token in (IMAGE, PAD) if token not in tokenizer.get_vocab()]
+    if len(tokenizer) > base + 2 - len(own):
+        raise ConversionError(
+            f"The tokenizer in {tokenizer_path} has {len(tokenizer)} tokens, more than the {base} "
+            "of the model's vocabulary; it belongs to another model."
+        )
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": AddedToken(PAD, special=True, normalized=False)})
+    tokenizer.model_max_length = model.text.max_position_embeddings
+    tokenizer.save_pretrained(directory)
+    return SpecialTokens(
+        image=tokenizer.convert_tokens_to_ids(IMAGE),
+        pad=tokenizer.pad_token_id,
+        bos=1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        eos=2 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
+    )
+
+
+def _check_ids(tokenizer, tokenizer_path: str, vocabulary: Path) -> None:
+    """transformers takes every sentencepiece model for a BPE with Llama's settings; others would go wrong."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
+    text = "A chat between a curious user and an assistant: 12 cats, 3 caf\u00e9s."
+    expected = [processor.bos_id(), *processor.encode(text)]
+    if tokenizer(text).input_ids != expected:
+        raise ConversionError(
+            f"transformers would tokenize with {tokenizer_path} differently than sentencepiece; it can "
+            "only read BPE models with Llama's settings. Export with --layout=llava, which keeps it as it is."
+        )
+
+
+def write_slow_tokenizer_config(directory: Path) -> None:
+    """Beside a bare tokenizer.model, the settings of Vicuna's, without which older software guesses."""
+    if not (directory / "tokenizer.model").exists() or (directory / "tokenizer_config.json").exists():
+        return
+    fields = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "padding_side": "right",
+    }
+    _write_json(directory / "tokenizer_config.json", fields)
+
+
+def write_processor(directory: Path, model: ModelConfig, template: str, image_aspect_ratio: str) -> None:
+    """Writes the image processor's and the processor's settings, and the chat template where there is one.
+
+    With "pad" the image processor pads to a square in the mean color before it resizes, as in training. Where
+    transformers resizes through torchvision instead of PIL, pixels differ from training by a level or two.
+    """
+    side = model.vision.image_size
+    image_processor = {
+        "image_processor_type": "LlavaImageProcessor"
+        if image_aspect_ratio == "pad"
+        else "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _MEAN,
+        "image_std": _STD,
+    }
+    if image_aspect_ratio == "pad":
+        image_processor["do_pad"] = True
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,
+        "patch_size": model.vision.patch_size,
+        "vision_feature_select_strategy": "default" if model.select_feature == "patch" else "full",
+    }
+    _write_json(directory / "preprocessor_config.json", image_processor)
+    _write_json(directory / "processor_config.json", processor)
+    if template in _SYSTEMS:
+        system = _SYSTEM.replace("SYSTEM", json.dumps(_SYSTEMS[template]))
+        (directory / "chat_template.jinja").write_text(system + _TURNS, encoding="utf-8")
+        return
+    logging.getLogger(__name__).warning(
+        "No chat template is written: conversation template %r has none for transformers.", template
+    )
+
+
+def _write_json(path: Path, fields: dict) -> None:
+    path.write_text(json.dumps(fields, indent=2), encoding="utf-8")

@@ -1,0 +1,91 @@
+"""Which samples a step takes, and the arrays they become."""
+
+import numpy as np
+import pytest
+
+from llava_jax.data.batching import (
+    Sample,
+    bucket_images,
+    bucket_length,
+    collate,
+    epoch_order,
+    process_rows,
+    sample_ids,
+    steps_per_epoch,
+)
+
+
+def test_orders_are_known_permutations():
+    # Pinned: a change would give resumed runs other samples.
+    assert epoch_order(0, num_samples=8, seed=42, shuffle=True).tolist() == [7, 3, 4, 2, 5, 6, 0, 1]
+    assert epoch_order(1, num_samples=8, seed=42, shuffle=True).tolist() == [5, 6, 4, 1, 0, 7, 2, 3]
+    assert epoch_order(0, num_samples=8, seed=43, shuffle=True).tolist() == [0, 2, 1, 7, 6, 4, 5, 3]
+
+
+def test_every_epoch_takes_every_sample_once():
+    for epoch in range(3):
+        assert sorted(epoch_order(epoch, num_samples=100, seed=1, shuffle=True)) == list(range(100))
+
+
+def test_without_shuffling_the_order_is_that_of_the_file():
+    assert epoch_order(3, num_samples=4, seed=1, shuffle=False).tolist() == [0, 1, 2, 3]
+
+
+def test_the_last_step_of_an_epoch_is_filled_with_empty_rows():
+    order = np.array([4, 0, 3, 1, 2])
+    assert steps_per_epoch(5, 2) == 3
+    assert [sample_ids(step, order=order, batch_size=2).tolist() for step in range(4)] == [
+        [4, 0],
+        [3, 1],
+        [2, -1],
+        [4, 0],
+    ]
+
+
+def test_processes_take_neighbouring_rows_of_every_microbatch():
+    ids = np.arange(8)
+    rows = [
+        process_rows(ids, accumulation_steps=2, process_index=i, process_count=2).tolist() for i in range(2)
+    ]
+    assert rows == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "lengths"),
+    [
+        (2048, [32, 64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048]),
+        (1000, [32, 64, 128, 256, 384, 512, 640, 768, 896, 1000]),
+        (100, [32, 64, 96, 100]),
+        (20, [20]),
+    ],
+)
+def test_rows_have_few_lengths(max_length, lengths):
+    assert sorted({bucket_length(length, max_length) for length in range(1, max_length + 1)}) == lengths
+    assert all(bucket_length(length, max_length) >= length for length in range(1, max_length + 1))
+
+
+def test_image_slots_are_powers_of_two():
+    assert [bucket_images(count) for count in range(7)] == [0, 1, 2, 4, 4, 8, 8]
+
+
+def test_samples_are_padded_on_the_right():
+    image = np.full((1, 2, 2, 3), 7, np.uint8)
+    samples = [
+        Sample(np.array([1, -200, 5]), np.array([-100, -100, 5]), image),
+        None,
+        Sample(np.array([1, 6]), np.array([-100, 6]), image[:0]),
+    ]
+    batch = collate(samples, length=4, num_images=2, image_size=2)
+    assert batch["tokens"].tolist() == [[1, -200, 5, 0], [0, 0, 0, 0], [1, 6, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 5, -100], [-100] * 4, [-100, 6, -100, -100]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    assert batch["images"].shape == (3, 2, 2, 2, 3)
+    assert batch["images"].reshape(3, 2, -1).max(axis=-1).tolist() == [[7, 0], [0, 0], [0, 0]]
+    assert {key: value.dtype for key, value in batch.items()} == {
+        "tokens": np.int32,
+        "labels": np.int32,
+        "positions": np.int32,
+        "segment_ids": np.int32,
+        "images": np.uint8,
+    }

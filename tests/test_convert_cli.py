@@ -1,0 +1,171 @@
+"""tools/convert_weights.py: what it writes, what it prints, and with which code it ends."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+
+from llava_jax.config import VisionConfig
+from llava_jax.convert.opening import open_model
+from tests.tiny_models import DECODERS, ROOT, VISION, randomized, save_clip, save_llava
+from tools.convert_weights import byte_count, main
+
+
+@pytest.fixture(scope="module")
+def llava_hf(tmp_path_factory):
+    return save_llava(tmp_path_factory.mktemp("models") / "llava_hf")
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_there_and_back_is_verified(llava_hf, tmp_path, capsys):
+    assert run("from-hf", llava_hf, tmp_path / "ours") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"Reading {llava_hf}",
+        f"Wrote {tmp_path / 'ours'} (from llava-hf, 37 arrays)",
+    ]
+    assert run("to-hf", tmp_path / "ours", tmp_path / "back", "--max-shard-size=40KB") == 0
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
+    assert run("to-hf", tmp_path / "ours", tmp_path / "llava", "--layout=llava") == 0
+    assert (tmp_path / "llava/model.safetensors").exists()
+    capsys.readouterr()
+    for other in ("back", "llava"):
+        assert run("verify", tmp_path / other, llava_hf) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1].endswith(" equal, 0 different")
+        assert "equal     language_model.lm_head.kernel: bit-equal, float32" in lines
+    LlavaForConditionalGeneration.from_pretrained(tmp_path / "back")
+
+
+def test_verify_shows_where_and_how_much(llava_hf, tmp_path, capsys):
+    changed = tmp_path / "changed"
+    assert run("to-hf", llava_hf, changed) == 0
+    tensors = load_file(changed / "model.safetensors")
+    tensors["language_model.model.layers.1.mlp.down_proj.weight"][5, 7] += 0.5
+    save_file(tensors, changed / "model.safetensors")
+    assert run("verify", llava_hf, changed) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERENT language_model.layers.mlp.down_proj.kernel: max difference 0.5 at [1, 7, 5]: " in out
+    assert out.count("DIFFERENT") == 1 and out.splitlines()[-1].endswith(" 1 different")
+
+    tensors["language_model.model.layers.1.mlp.down_proj.weight"][5, 7] = float("nan")
+    save_file(tensors, changed / "model.safetensors")
+    assert run("verify", llava_hf, changed) == 1
+    assert "max difference inf at [1, 7, 5]" in capsys.readouterr().out
+
+
+def test_verify_tells_rounding_from_another_dtype(llava_hf, tmp_path, capsys):
+    assert run("to-hf", llava_hf, tmp_path / "half", "--dtype=bfloat16") == 0
+    assert run("verify", llava_hf, tmp_path / "half") == 1
+    assert "float32 and bfloat16" in capsys.readouterr().out
+    assert run("to-hf", tmp_path / "half", tmp_path / "wide", "--dtype=float32") == 0
+    assert run("verify", tmp_path / "half", tmp_path / "wide") == 0
+    assert "equal values, bfloat16 and float32" in capsys.readouterr().out
+
+
+def test_verify_names_what_one_model_lacks(llava_hf, tmp_path, capsys):
+    save_llava(tmp_path / "tied", "tied")
+    assert run("verify", llava_hf, tmp_path / "tied") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "DIFFERENT language_model.lm_head.kernel: only in the first" in lines
+    assert any("q_proj.kernel: shape [2, 24, 40] and [2, 24, 24]" in line for line in lines)
+
+
+def test_a_model_is_put_together_from_parts(llava_hf, tmp_path, capsys):
+    save_clip(tmp_path / "clip", llava_hf)
+    randomized(LlamaForCausalLM(DECODERS["gqa"])).save_pretrained(tmp_path / "llm")
+    parts = [f"--vision-tower={tmp_path / 'clip'}", f"--language-model={tmp_path / 'llm'}"]
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run("from-hf", *parts, f"--seed={seed}", tmp_path / name) == 0
+    a, b, c = (open_model(tmp_path / name) for name in "abc")
+    assert a.config.vision == VisionConfig(**VISION)
+    kernel = "multi_modal_projector.linear_1.kernel"
+    np.testing.assert_array_equal(a.read(kernel), b.read(kernel))
+    assert not np.array_equal(a.read(kernel), c.read(kernel))
+    np.testing.assert_array_equal(
+        a.read("language_model.norm.scale"),
+        load_file(tmp_path / "llm/model.safetensors")["model.norm.weight"],
+    )
+
+
+def test_inspect_reads_no_weights(llava_hf, capsys, monkeypatch):
+    monkeypatch.setattr("llava_jax.convert.tensors.TensorFiles.read", None)
+    assert run("inspect", llava_hf) == 0
+    out = capsys.readouterr().out
+    model = LlavaForConditionalGeneration.from_pretrained(llava_hf)
+    projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    decoder = sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel()
+    assert out.startswith("layout: llava-hf\ntemplate: v1\nimage_aspect_ratio: pad\ntokenizer: none\n")
+    assert "language_model.layers.self_attn.k_proj.kernel         float32   [2, 24, 20]\n" in out
+    assert f"multi_modal_projector: {projector:,} parameters\n" in out
+    assert f"language_model: {decoder - 9 * 24 * 2:,} parameters\n" in out  # 9 token rows are set aside
+
+
+def test_bad_models_end_with_12_and_one_paragraph(llava_hf, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text((llava_hf / "config.json").read_text())
+    tensors = load_file(llava_hf / "model.safetensors")
+    del tensors["multi_modal_projector.linear_2.bias"]
+    save_file(tensors, broken / "model.safetensors")
+    save_clip(tmp_path / "clip", llava_hf)
+    for arguments, message in (
+        (("inspect", tmp_path / "nowhere"), "nowhere does not exist"),
+        (("inspect", broken), "multi_modal_projector.linear_2.bias"),
+        (("from-hf", llava_hf, tmp_path / "full"), "not an empty directory"),
+        (("from-hf", tmp_path / "clip", tmp_path / "x"), "layout clip"),
+        (("to-hf", tmp_path / "clip", tmp_path / "x"), "layout clip"),
+        (("verify", llava_hf, broken), "multi_modal_projector.linear_2.bias"),
+    ):
+        assert run(*arguments) == 12
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1 and err.startswith("convert_weights.py: ")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "required"),
+        (["from-hf", "a", "b", "c"], "one SRC and one DST"),
+        (["from-hf", "a"], "both --vision-tower and --language-model"),
+        (["from-hf", "a", "b", "--language-model=c"], "not both"),
+        (["to-hf", "a", "b", "--layout=onnx"], "onnx"),
+        (["to-hf", "a", "b", "--max-shard-size=big"], "write for example 5GB"),
+        (["verify", "a"], "required"),
+        (["convert", "a"], "convert"),
+    ],
+)
+def test_bad_arguments_end_with_10(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 10
+    assert message in capsys.readouterr().err
+
+
+def test_sizes_are_read_with_their_unit():
+    sizes = {"5GB": 5 * 10**9, "200MB": 2 * 10**8, "1GiB": 2**30, "1.5kb": 1500, "77": 77}
+    assert {text: byte_count(text) for text in sizes} == sizes
+
+
+def test_it_runs_as_a_script_from_anywhere(llava_hf, tmp_path):
+    command = [sys.executable, str(ROOT / "tools/convert_weights.py")]
+    done = subprocess.run(
+        [*command, "from-hf", str(llava_hf), "ours"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "ours/config.json").read_text())["format"] == "llava_jax"
+    help_text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "from-hf SRC DST" in help_text

@@ -1,0 +1,180 @@
+"""Foreign config.json files mean what their own software takes them to mean."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from llava_jax.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
+from llava_jax.convert.component_configs import read_text_config, read_vision_config
+from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.export import write_hf
+from llava_jax.convert.model_configs import read_llava_config, read_llava_hf_config
+from llava_jax.convert.opening import open_model
+from tests.tiny_models import SIZES, VISION, as_original, random_source, save_clip, save_llava
+
+
+@pytest.fixture(scope="module")
+def llava_hf(tmp_path_factory) -> Path:
+    return save_llava(tmp_path_factory.mktemp("models") / "llava_hf")
+
+
+def test_the_published_llava_hf_config_is_completed_with_defaults():
+    fields = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "model_type": "llava",
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "_name_or_path": "lmsys/vicuna-7b-v1.5",
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+    }
+    assert read_llava_hf_config(fields, "config.json", {}) == (ModelConfig(), 32064)
+
+
+def test_the_published_original_config_is_read():
+    fields = {
+        "model_type": "llava",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "vocab_size": 32000,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    }
+    assert read_llava_config(fields, VisionConfig(), "config.json") == ModelConfig(
+        text=TextConfig(
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=40,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "fields, theta, scaling",
+    [
+        ({}, 10000.0, RopeScaling()),
+        ({"rope_theta": 500000.0, "rope_scaling": None}, 500000.0, RopeScaling()),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, RopeScaling("linear", 2.0)),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_theta": 8.0},
+            7.0,
+            RopeScaling(),
+        ),
+        (
+            {
+                "rope_theta": 500000.0,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 4096,
+                },
+            },
+            500000.0,
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 4096),
+        ),
+    ],
+)
+def test_rotary_settings_are_read_in_old_and_new_spelling(fields, theta, scaling, tmp_path):
+    config = read_text_config(fields, "config.json")
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+    model, arrays = random_source()
+    text = dataclasses.replace(model.text, rope_theta=theta, rope_scaling=scaling)
+    model = dataclasses.replace(model, text=text)
+    write_hf(tmp_path / "hf", layout="llava-hf", model=model, read=arrays.__getitem__)
+    assert open_model(tmp_path / "hf").config == model
+    loaded = LlavaConfig.from_pretrained(tmp_path / "hf").text_config.rope_parameters
+    assert (loaded["rope_theta"], loaded["rope_type"]) == (theta, scaling.rope_type)
+    assert loaded.get("factor", 1.0) == scaling.factor
+
+
+def test_defaults_are_those_of_transformers():
+    for theirs in (LlamaConfig(), MistralConfig(), Qwen2Config()):
+        config = read_text_config({"model_type": theirs.model_type}, "config.json")
+        for key in SIZES | {"rms_norm_eps": 0}:
+            assert getattr(config, key) == getattr(theirs, key), (theirs.model_type, key)
+    assert (
+        read_text_config({"model_type": "mistral"}, "config.json").max_position_embeddings == 4096
+    )  # window
+    theirs = CLIPVisionConfig()
+    for key, value in dataclasses.asdict(read_vision_config({}, "config.json")).items():
+        assert value == getattr(theirs, key)
+    old = {"model_type": "clip", "vision_config": {}, "vision_config_dict": VISION}
+    assert read_vision_config(old | {"vision_config": {"vision_config_dict": VISION}}, "x") == VisionConfig(
+        **VISION
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act='relu'"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias"),
+        ({"text_config": {"model_type": "gemma"}}, "model_type='gemma'"),
+        ({"text_config": {"hidden_act": "gelu"}}, "hidden_act='gelu'"),
+        ({"text_config": {"mlp_bias": True}}, "mlp_bias"),
+        ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2.0}}}, "rope_type='yarn'"),
+        ({"text_config": {"rope_scaling": {"type": "linear", "beta_fast": 2.0}}}, "beta_fast"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
+        ({"vision_config": {"hidden_size": 15, "num_attention_heads": 2}}, "hidden_size=15"),
+        ({"vision_feature_layer": -99}, "select_layer=-99"),
+    ],
+)
+def test_what_llava_jax_does_not_build_is_refused_with_its_key(change, message):
+    with pytest.raises(ConversionError, match=re.escape(message)):
+        read_llava_hf_config(change, "config.json", {})
+
+
+def test_originals_with_other_image_handling_are_refused(llava_hf, tmp_path):
+    save_clip(tmp_path / "clip", llava_hf)
+    for change, message in (
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"model_type": "llava_mpt"}, "llava_mpt"),
+    ):
+        directory = as_original(llava_hf, tmp_path / message, tower=False, **change)
+        with pytest.raises(ConversionError, match=message):
+            open_model(directory)

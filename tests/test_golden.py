@@ -1,0 +1,67 @@
+"""Runs the conformance sets that are at hand; `python -m tests.golden DIR` runs those of any folder."""
+
+import gzip
+import importlib
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.golden import Skipped
+from tests.golden.__main__ import DEFAULT_TOKENIZER, SETS, main, report
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "A_tokenize": ROOT / "../shared/golden/A_tokenize",
+    "B_images": ROOT / "../shared/golden/B_images",
+    "D_model": ROOT / "tests/data/D_model",
+    "E_train": ROOT / "tests/data/E_train",
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_conformance_with_the_original(name):
+    folder, module = FOLDERS[name], f"tests.golden.{SETS[name]}"
+    if not folder.is_dir() or importlib.util.find_spec(module) is None:
+        pytest.skip(f"the set {name} is not at hand")
+    tokenizer = ROOT / DEFAULT_TOKENIZER
+    results = list(importlib.import_module(module).check(folder, tokenizer if tokenizer.exists() else None))
+    compared = [(case, why) for case, why in results if not isinstance(why, Skipped)]
+    assert compared
+    assert [(case, why) for case, why in compared if why is not None] == []
+
+
+def test_a_report_counts_and_shows_differences(capsys):
+    results = [("a", None), ("b", "ids[0] is 1, not 2"), ("c", Skipped("later")), ("d", Skipped("later"))]
+    assert report("A_tokenize", results) == (1, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "A_tokenize: 1 passed, 1 failed, 2 skipped",
+        "  skipped 2: later",
+        "  b: ids[0] is 1, not 2",
+    ]
+
+
+def test_a_folder_without_sets_fails(tmp_path, capsys):
+    (tmp_path / "Z_other").mkdir()
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 0 failed"
+
+
+def test_packed_sets_are_read(tmp_path):
+    pixels = np.arange(75, dtype=np.uint8).reshape(5, 5, 3)
+    (tmp_path / "B_images").mkdir()
+    for name in ("in.png", "out.png"):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        (tmp_path / "B_images" / f"{name}.gz").write_bytes(gzip.compress(buffer.getvalue()))
+    result = {"aspect": "pad", "crop": 5, "expected": "out.png", "pixel_values_sha256_f32": ""}
+    manifest = {"images": [{"file": "in.png", "results": [result]}]}
+    (tmp_path / "B_images" / "manifest.json.gz").write_bytes(gzip.compress(json.dumps(manifest).encode()))
+    check = importlib.import_module("tests.golden.images").check
+    assert list(check(tmp_path / "B_images", None)) == [
+        ("in.png pad 5", "normalised pixels differ in the last bits")
+    ]

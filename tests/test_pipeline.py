@@ -1,0 +1,263 @@
+"""The whole way from a records file to batches."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_jax.config import DataConfig
+from llava_jax.data.pipeline import Pipeline
+from llava_jax.data.records import DataError
+from llava_jax.data.tokenizer import load_tokenizer
+from tests.tiny_tokenizer import pieces_of, write_tiny_tokenizer
+
+NUM_IMAGE_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_tiny_tokenizer(folder / "tokenizer.model")
+    for value in range(4):
+        Image.new("RGB", (8, 8), (value + 1, 0, 0)).save(folder / f"{value}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(str(folder))
+
+
+def record(number, image=None, question="cat", answer="dog"):
+    places = "<image>\n" if isinstance(image, str) else "<image>" * len(image or [])
+    conversations = [{"from": "human", "value": places + question}, {"from": "gpt", "value": answer}]
+    return {"id": number, "conversations": conversations} | ({} if image is None else {"image": image})
+
+
+def seven_records():
+    """Samples of different lengths, told apart by their number of `cat`; two without, one with two images."""
+    images = ["0.png", None, "1.png", ["2.png", "3.png"], None, "0.png", "1.png"]
+    return [
+        record(number, image, answer=" ".join(["cat"] * (number + 1))) for number, image in enumerate(images)
+    ]
+
+
+def make(folder, tokenizer, records, **settings):
+    path = folder / "records.json"
+    path.write_text(json.dumps(records))
+    own = {key: settings.pop(key) for key in list(settings) if key not in DataConfig.__dataclass_fields__}
+    config = DataConfig(
+        **{
+            "path": str(path),
+            "image_folder": str(folder),
+            "batch_size": 4,
+            "max_length": 512,
+            "num_threads": 2,
+        }
+        | settings
+    )
+    arguments = {"image_size": 8, "num_image_tokens": NUM_IMAGE_TOKENS, "seed": 1} | own
+    return Pipeline(config, tokenizer=tokenizer, **arguments)
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        assert first[key].dtype == second[key].dtype
+        assert np.array_equal(first[key], second[key]), key
+
+
+def test_a_batch_holds_the_tokens_and_images_of_its_samples(folder, tokenizer):
+    records = [record(0, "2.png", answer="A cat"), record(1, ["3.png", "1.png"], answer="dog")]
+    pipeline = make(folder, tokenizer, records, template="plain", shuffle=False, batch_size=2)
+    batch = pipeline.batch(0)
+    assert {key: value.shape for key, value in batch.items()} == {
+        "tokens": (1, 2, 32),
+        "labels": (1, 2, 32),
+        "positions": (1, 2, 32),
+        "segment_ids": (1, 2, 32),
+        "images": (1, 2, 2, 8, 8, 3),
+    }
+    first, second = batch["tokens"][0]
+    assert pieces_of(tokenizer, first[:8]) == "<s> IMG IMG IMG IMG _A _cat <0x0A>"
+    assert pieces_of(tokenizer, second[:11]) == "<s> IMG IMG IMG IMG IMG IMG IMG IMG _dog <0x0A>"
+    assert first[8:].max() == second[11:].max() == 0
+    assert np.flatnonzero(batch["labels"][0, 0] != -100).tolist() == [5, 6, 7]
+    assert np.flatnonzero(batch["labels"][0, 1] != -100).tolist() == [9, 10]
+    assert batch["images"][0, :, :, 0, 0, 0].tolist() == [[3, 0], [4, 2]]
+
+
+@pytest.mark.parametrize("num_threads", [0, 3])
+def test_the_kth_batch_needs_no_batch_before_it(folder, tokenizer, num_threads):
+    pipeline = make(folder, tokenizer, seven_records(), num_threads=num_threads)
+    last = 2 * pipeline.steps_per_epoch + 1
+    batches = list(pipeline.iterate(0, last))
+    assert len(batches) == last == 5
+    for step, batch in enumerate(batches):
+        assert_equal(pipeline.batch(step), batch)
+    for step, batch in enumerate(pipeline.iterate(3, last), start=3):
+        assert_equal(batch, batches[step])
+
+
+def test_nothing_is_yielded_when_nothing_is_left(folder, tokenizer):
+    assert list(make(folder, tokenizer, seven_records()).iterate(2, 2)) == []
+
+
+def test_every_epoch_sees_every_sample_once_in_another_order(folder, tokenizer):
+    pipeline = make(folder, tokenizer, seven_records())
+    assert (pipeline.num_samples, pipeline.steps_per_epoch) == (7, 2)
+    epochs = [
+        np.concatenate([pipeline.sample_ids(step) for step in (2 * epoch, 2 * epoch + 1)]) for epoch in (0, 1)
+    ]
+    assert [sorted(epoch) for epoch in epochs] == [[-1, 0, 1, 2, 3, 4, 5, 6]] * 2
+    assert epochs[0].tolist() != epochs[1].tolist()
+    cat = tokenizer.encode("cat")[0]
+    for step in range(4):
+        cats = np.count_nonzero(pipeline.batch(step)["labels"][0] == cat, axis=1)
+        assert cats.tolist() == [id + 1 for id in pipeline.sample_ids(step)]
+
+
+def test_empty_rows_fill_the_last_step(folder, tokenizer):
+    batch = make(folder, tokenizer, seven_records(), shuffle=False).batch(1)
+    assert batch["segment_ids"][0].max(axis=1).tolist() == [1, 1, 1, 0]
+    assert batch["labels"][0, 3].max() == -100
+
+
+def test_the_rows_of_two_processes_are_the_rows_of_one(folder, tokenizer):
+    def batches(**processes):
+        return list(make(folder, tokenizer, seven_records(), accumulation_steps=2, **processes).iterate(0, 3))
+
+    one = batches()
+    two = [batches(process_index=index, process_count=2) for index in range(2)]
+    for step, whole in enumerate(one):
+        parts = [batches[step] for batches in two]
+        assert_equal(whole, {key: np.concatenate([part[key] for part in parts], axis=1) for key in whole})
+
+
+def test_processes_agree_on_shapes_when_their_rows_differ(folder, tokenizer):
+    records = [record(0), record(1, ["0.png", "1.png"], answer="cat " * 200)]
+    shapes = []
+    for index in range(2):
+        pipeline = make(
+            folder, tokenizer, records, batch_size=2, shuffle=False, process_index=index, process_count=2
+        )
+        shapes.append({key: value.shape for key, value in pipeline.batch(0).items()})
+    assert shapes[0] == shapes[1]
+    assert shapes[0]["images"] == (1, 1, 2, 8, 8, 3)
+
+
+def test_accumulation_only_arranges_rows(folder, tokenizer):
+    whole = make(folder, tokenizer, seven_records()).batch(0)
+    split = make(folder, tokenizer, seven_records(), accumulation_steps=2).batch(0)
+    assert split["images"].shape[:2] == (2, 2)
+    assert_equal(whole, {key: value.reshape(1, 4, *value.shape[2:]) for key, value in split.items()})
+
+
+def test_rows_that_cannot_be_dealt_out_evenly_are_refused(folder, tokenizer):
+    with pytest.raises(
+        DataError, match=r"data\.batch_size=4 is not a multiple of train\.accumulation_steps=1 times the 3"
+    ):
+        make(folder, tokenizer, seven_records(), process_count=3)
+
+
+def test_a_batch_of_text_has_no_image_slots(folder, tokenizer):
+    pipeline = make(folder, tokenizer, [record(0), record(1)], batch_size=2)
+    assert pipeline.batch(0)["images"].shape == (1, 2, 0, 8, 8, 3)
+
+
+def test_the_summary_counts(folder, tokenizer):
+    records = [record(0, "0.png"), record(1), record(2, ["1.png", "2.png"])]
+    lengths = make(folder, tokenizer, records).summary()
+    assert {
+        key: lengths[key] for key in ("samples", "samples_with_image", "samples_text_only", "images")
+    } == {
+        "samples": 3,
+        "samples_with_image": 2,
+        "samples_text_only": 1,
+        "images": 3,
+    }
+    assert lengths["supervised_tokens"] == 3 * len(["_dog", "</s>"])
+    assert lengths["samples_truncated"] == lengths["samples_emptied_by_truncation"] == 0
+    longest = lengths["longest_sample"]
+
+    cut = make(folder, tokenizer, records, max_length=longest - 1).summary()
+    assert (cut["samples_truncated"], cut["longest_sample"], cut["supervised_tokens"]) == (1, longest - 1, 5)
+    cut = make(folder, tokenizer, records, max_length=longest - 2).summary()
+    assert (cut["samples_truncated"], cut["samples_emptied_by_truncation"]) == (1, 1)
+
+
+def test_long_samples_can_be_an_error(folder, tokenizer):
+    records = [record(0), record(1, answer="cat " * 200)]
+    with pytest.raises(
+        DataError, match=r"1 problem; .*\n  record 1 \(id 1\): its \d+ tokens exceed data\.max_length=300"
+    ):
+        make(folder, tokenizer, records, max_length=300, too_long="error")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (record(9, "0.png") | {"image": "none.png"}, "image 'none.png' is not in image_folder"),
+        (record(9, answer=""), "there is nothing to learn"),
+        (record(9) | {"image": "0.png"}, "its text has 0 <image> for 1 images; write one for each."),
+        (record(9, ["0.png"] * 3) | {"image": ["0.png"] * 2}, "its text has 3 <image> for 2 images"),
+        (record(9, "0.png", answer="<image>"), "its text has 2 <image> for 1 images"),
+        (
+            record(9, "0.png", question="cat " * 400) | {"image": ["0.png"] * 2},
+            "its text has 1 <image> for 2 images",
+        ),
+        (
+            record(9, ["0.png"], "cat " * 600 + "<image>") | {"image": ["0.png"] * 2},
+            "ends behind data.max_length=512",
+        ),
+    ],
+)
+def test_bad_records_are_named_before_training(folder, tokenizer, bad, message):
+    with pytest.raises(DataError) as error:
+        make(folder, tokenizer, [record(0, "0.png"), bad])
+    assert "records.json: 1 problem; correct or remove these records:\n  record 1 (id 9): " in str(
+        error.value
+    )
+    assert message in str(error.value)
+
+
+def test_a_broken_image_is_named_when_it_is_loaded(folder, tokenizer):
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    pipeline = make(folder, tokenizer, [record(7, "broken.png")], batch_size=1)
+    for take in (lambda: pipeline.batch(0), lambda: next(pipeline.iterate(0, 1))):
+        with pytest.raises(DataError, match=r"records\.json: record 0 \(id 7\): .*broken\.png: "):
+            take()
+
+
+def test_the_fingerprint_changes_with_what_batches_depend_on(folder, tokenizer):
+    records = [record(0, "0.png"), record(1, "1.png")]
+    same = make(folder, tokenizer, records).fingerprint
+    assert make(folder, tokenizer, records, num_threads=0, accumulation_steps=2).fingerprint == same
+    changes = [
+        {"template": "plain"},
+        {"image_aspect_ratio": "square"},
+        {"max_length": 256},
+        {"batch_size": 2},
+        {"shuffle": False},
+        {"image_size": 16},
+        {"num_image_tokens": 5},
+        {"seed": 2},
+    ]
+    others = [make(folder, tokenizer, records, **change).fingerprint for change in changes]
+    others.append(make(folder, tokenizer, records[::-1]).fingerprint)
+    others.append(make(folder, load_tokenizer(str(folder), extra_tokens=["x"]), records).fingerprint)
+    assert len({same, *others}) == 1 + len(others)
+
+
+def test_data_needs_no_jax():
+    import ast
+    from pathlib import Path
+
+    import llava_jax.data
+
+    for path in Path(llava_jax.data.__path__[0]).glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert not {name.split(".")[0] for name in names} & {"jax", "flax", "torch", "transformers"}
