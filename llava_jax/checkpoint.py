@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from llava_jax.config import CheckpointConfig
+from llava_jax.convert.source import Leaf
 from llava_jax.errors import CheckpointError
 from llava_jax.step import TrainState
 
@@ -35,7 +36,9 @@ class Checkpoints:
         """Starts writing; returns once the state has been copied off the devices."""
         self.manager.save(
             int(state.step),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), meta=ocp.args.JsonSave(meta)),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_as_dict(state)), meta=ocp.args.JsonSave(meta)
+            ),
         )
 
     def read_meta(self, step: int) -> dict:
@@ -69,17 +72,23 @@ class SavedParameters:
         try:
             self.metadata = self.checkpointer.metadata(self.path).item_metadata.tree["trainable"]
         except Exception as error:
-            raise _unreadable(self.path, error) from error
+            raise _unreadable(self.path.parent, error) from error
 
-    def names(self) -> list[str]:
-        return list(self.metadata)
+    def leaves(self) -> dict[str, Leaf]:
+        return {
+            name: Leaf(tuple(leaf.shape), np.dtype(leaf.dtype), lambda name=name: self._read(name))
+            for name, leaf in self.metadata.items()
+        }
 
-    def read(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> np.ndarray:
         leaf = self.metadata[name]
         item = {"trainable": {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}}
         restore_args = {"trainable": {name: ocp.RestoreArgs(restore_type=np.ndarray)}}
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        return self.checkpointer.restore(self.path, args=args)["trainable"][name]
+        try:
+            return self.checkpointer.restore(self.path, args=args)["trainable"][name]
+        except Exception as error:
+            raise _unreadable(self.path.parent, error) from error
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -102,7 +102,9 @@ class TextConfig:
             f"text.num_attention_heads={self.num_attention_heads} is not a multiple of "
             f"text.num_key_value_heads={self.num_key_value_heads}.",
         )
-        _require(self.head_dim % 2 == 0, f"text.head_dim={self.head_dim} is odd; rotary positions need pairs.")
+        _require(
+            self.head_dim % 2 == 0, f"text.head_dim={self.head_dim} is odd; rotary positions need pairs."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ class ModelConfig:
     select_feature: str = "patch"  # cls_patch keeps the class token
 
     def __post_init__(self):
-        self.projector_depth  # raises on an unknown type
+        assert self.projector_depth >= 0  # raises on an unknown type
         _one_of("model.select_feature", self.select_feature, ("patch", "cls_patch"))
         states = self.vision.num_hidden_layers + 1
         _require(
@@ -232,7 +234,8 @@ class OptimizerConfig:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
         _require(
-            0 <= self.warmup_ratio <= 1, f"optimizer.warmup_ratio={self.warmup_ratio} is a share of the run: 0 to 1."
+            0 <= self.warmup_ratio <= 1,
+            f"optimizer.warmup_ratio={self.warmup_ratio} is a share of the run: 0 to 1.",
         )
         _require(
             self.max_grad_norm is None or self.max_grad_norm > 0,
@@ -270,8 +273,14 @@ class TrainConfig:
             _one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
         _one_of("train.remat", self.remat, ("none", "dots", "full"))
         _require(self.num_epochs > 0, f"train.num_epochs={self.num_epochs} must be positive.")
-        _require(self.max_steps is None or self.max_steps > 0, f"train.max_steps={self.max_steps} must be positive.")
-        _require(self.accumulation_steps > 0, f"train.accumulation_steps={self.accumulation_steps} must be positive.")
+        _require(
+            self.max_steps is None or self.max_steps > 0,
+            f"train.max_steps={self.max_steps} must be positive.",
+        )
+        _require(
+            self.accumulation_steps > 0,
+            f"train.accumulation_steps={self.accumulation_steps} must be positive.",
+        )
         _require(self.scan_unroll > 0, f"train.scan_unroll={self.scan_unroll} must be positive.")
         _require(self.log_steps > 0, f"train.log_steps={self.log_steps} must be positive.")
 
@@ -285,7 +294,10 @@ class CheckpointConfig:
 
     def __post_init__(self):
         _require(self.save_steps > 0, f"checkpoint.save_steps={self.save_steps} must be positive.")
-        _require(self.save_total_limit > 0, f"checkpoint.save_total_limit={self.save_total_limit} must be positive.")
+        _require(
+            self.save_total_limit > 0,
+            f"checkpoint.save_total_limit={self.save_total_limit} must be positive.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +371,10 @@ class Config:
             f"One image takes {self.model.num_image_tokens} tokens, more than data.max_length={self.data.max_length} "
             "leaves room for; raise data.max_length.",
         )
-        for module, rate in (("projector", "projector_learning_rate"), ("vision_tower", "vision_tower_learning_rate")):
+        for module, rate in (
+            ("projector", "projector_learning_rate"),
+            ("vision_tower", "vision_tower_learning_rate"),
+        ):
             _require(
                 getattr(self.optimizer, rate) is None or getattr(self.tune, module),
                 f"optimizer.{rate} is set but tune.{module}=False, so nothing would train at that rate; drop one.",
@@ -373,6 +388,14 @@ class Recipe:
     name: str
     stages: dict[str, Config]  # the one stage of an ordinary recipe is called ""
     prepare: Callable[[], None] | None = None
+
+    @property
+    def first(self) -> Config:
+        return next(iter(self.stages.values()))
+
+    @property
+    def last(self) -> Config:
+        return next(reversed(self.stages.values()))
 
 
 def default_config() -> ConfigDict:
@@ -425,7 +448,9 @@ def parse(config_dict: ConfigDict) -> Recipe:
             shared.keys() == fields.keys(),
             f"{', '.join(sorted(fields.keys() - shared.keys()))}: set per stage here, as stages.{name}.KEY.",
         )
-        stages[name] = _build(Config, shared | {key: sections[name][key] for key in sections[name]}, f"stages.{name}.")
+        stages[name] = _build(
+            Config, shared | {key: sections[name][key] for key in sections[name]}, f"stages.{name}."
+        )
     return Recipe(stages[order[0]].name, stages, prepare)
 
 

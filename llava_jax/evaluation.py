@@ -29,7 +29,9 @@ def read_questions(path: str) -> list[dict[str, str]]:
             question = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}:{error.colno}: broken JSON ({error.msg}).") from error
-        missing = [key for key in KEYS if not isinstance(question, dict) or not isinstance(question.get(key), str)]
+        missing = [
+            key for key in KEYS if not isinstance(question, dict) or not isinstance(question.get(key), str)
+        ]
         if missing:
             raise DataError(f"{path}:{number}: a question needs text under {', '.join(missing)}.")
         questions.append(question)
@@ -86,10 +88,10 @@ def _ask(generator: Generator, config: EvaluateConfig, questions: list[dict], pa
 
 def _accuracies(answered: list[dict], key: str, name: str) -> dict[str, float]:
     """Share of exact matches, over all questions and per kind."""
-    kinds = sorted({row["kind"] for row in answered})
-    right = {kind: [row[key] == row["answer"].strip() for row in answered if row["kind"] == kind] for kind in kinds}
-    results = {name: float(np.mean(sum(right.values(), [])))}
-    return results | {f"{name}_{kind}": float(np.mean(right[kind])) for kind in kinds}
+    right = np.array([row[key] == row["answer"].strip() for row in answered])
+    kinds = np.array([row["kind"] for row in answered])
+    per_kind = {f"{name}_{kind}": float(right[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))}
+    return {name: float(right.mean())} | per_kind
 
 
 def draw_samples(answered: list[dict], image_folder: str, path: Path, count: int = 12) -> None:
@@ -101,7 +103,9 @@ def draw_samples(answered: list[dict], image_folder: str, path: Path, count: int
 
     chosen = [answered[i] for i in np.linspace(0, len(answered) - 1, min(count, len(answered))).astype(int)]
     columns = 4
-    figure, axes = pyplot.subplots(-(-len(chosen) // columns), columns, figsize=(12, 3.4 * -(-len(chosen) // columns)))
+    figure, axes = pyplot.subplots(
+        -(-len(chosen) // columns), columns, figsize=(12, 3.4 * -(-len(chosen) // columns))
+    )
     for axis in np.ravel(axes):
         axis.axis("off")
     folder = ImageFolder(image_folder)

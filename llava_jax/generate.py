@@ -4,9 +4,13 @@ from absl import flags
 
 from llava_jax.commands import run_command
 
-MODEL = flags.DEFINE_string("model", None, "A run directory, a converted model directory or a Hugging Face directory.")
+MODEL = flags.DEFINE_string(
+    "model", None, "A run directory, a converted model directory or a Hugging Face directory."
+)
 IMAGE = flags.DEFINE_multi_string("image", [], "An image file; repeat the flag for several, or leave it out.")
-PROMPT = flags.DEFINE_string("prompt", None, "The question; <image> marks where images go, else they come first.")
+PROMPT = flags.DEFINE_string(
+    "prompt", None, "The question; <image> marks where images go, else they come first."
+)
 TEMPLATE = flags.DEFINE_string("template", "", "Conversation template; default: the model's own.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest answer.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 answers with the likeliest tokens.", lower_bound=0.0)

@@ -15,7 +15,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.models.llama import Cache
 from llava_jax.sharding import make_mesh, parameter_sharding, replicated
 from llava_jax.step import abstract_model, bind
-from llava_jax.weights import Weights, load, open_any
+from llava_jax.weights import load, open_any
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
@@ -27,15 +27,19 @@ def load_generator(path: str, *, template: str = "", dtype: str = "bfloat16") ->
     """
     weights = open_any(path)
     if not isinstance(weights.config, ModelConfig) or not weights.tokenizer_path:
-        raise ConfigError(f"{path} is not a whole model with its tokenizer; assemble one with tools/convert_weights.py.")
+        raise ConfigError(
+            f"{path} is not a whole model with its tokenizer; assemble one with tools/convert_weights.py."
+        )
     tokenizer = load_tokenizer(weights.tokenizer_path)
-    return Generator(weights, tokenizer, make_mesh(MeshConfig()), template=template or weights.template, dtype=dtype)
+    return Generator(
+        weights, tokenizer, make_mesh(MeshConfig()), template=template or weights.template, dtype=dtype
+    )
 
 
 class Generator:
     """A model held ready to continue prompts."""
 
-    def __init__(self, weights: Weights | ModelSource, tokenizer: Tokenizer, mesh: Mesh, *, template: str, dtype: str):
+    def __init__(self, weights: ModelSource, tokenizer: Tokenizer, mesh: Mesh, *, template: str, dtype: str):
         self.config = weights.config
         self.template = get_template(template)
         self.image_aspect_ratio = weights.image_aspect_ratio
@@ -68,7 +72,8 @@ class Generator:
         without the end token. temperature 0 is greedy; otherwise tokens are drawn from the smallest set of
         probability top_p."""
         sequences = [
-            np.repeat(prompt, np.where(prompt == IMAGE_TOKEN, self.config.num_image_tokens, 1)) for prompt in prompts
+            np.repeat(prompt, np.where(prompt == IMAGE_TOKEN, self.config.num_image_tokens, 1))
+            for prompt in prompts
         ]
         longest = max(len(sequence) for sequence in sequences) + max_new_tokens
         if longest > self.config.text.max_position_embeddings:
@@ -113,7 +118,9 @@ def _until(tokens: list[int], eos_id: int) -> list[int]:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_id", "sample"))
-def continue_prompts(parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, eos_id, sample) -> jax.Array:
+def continue_prompts(
+    parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, eos_id, sample
+) -> jax.Array:
     """Continues a left-padded batch by max_new_tokens tokens or until every row has ended.
 
     -> new tokens int32[B, max_new_tokens]; after a row's end token it holds only end tokens. `sample` draws from
@@ -125,7 +132,11 @@ def continue_prompts(parameters, batch, key, temperature, top_p, *, graphdef, ma
     ones = jnp.ones((B, 1), jnp.int32)
 
     def choose(logits, key):
-        return _sample(logits, key, temperature, top_p) if sample else jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return (
+            _sample(logits, key, temperature, top_p)
+            if sample
+            else jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        )
 
     def unfinished(carry):
         i, _, _, done, _, _ = carry

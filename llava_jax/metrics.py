@@ -92,7 +92,9 @@ def plot_loss(rows: list[dict], path: Path) -> None:
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), squeeze=False)
     for stage, axis in zip(stages, axes[0], strict=True):
-        steps, losses = zip(*((row["step"], row["loss"]) for row in rows if row.get("stage", "") == stage), strict=True)
+        steps, losses = zip(
+            *((row["step"], row["loss"]) for row in rows if row.get("stage", "") == stage), strict=True
+        )
         axis.plot(steps, losses, alpha=0.35, label="loss")
         axis.plot(steps, smooth(list(losses)), label="smoothed")
         axis.set(title=stage or "training loss", xlabel="step", ylabel="loss")

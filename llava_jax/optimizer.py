@@ -28,7 +28,8 @@ def learning_rates(config: OptimizerConfig) -> dict[str, float]:
     """Each module's peak learning rate."""
     own = {"projector": config.projector_learning_rate, "vision_tower": config.vision_tower_learning_rate}
     return {
-        module: config.learning_rate if own.get(module) is None else own[module] for module in MODULES.values()
+        module: config.learning_rate if own.get(module) is None else own[module]
+        for module in MODULES.values()
     }
 
 
@@ -54,11 +55,15 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
     def scale_by_rates(updates, count):
         share = schedule(count)
-        return {name: -share * rates[MODULES[name.split(".")[0]]] * update for name, update in updates.items()}
+        return {
+            name: -share * rates[MODULES[name.split(".")[0]]] * update for name, update in updates.items()
+        }
 
     steps = [
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, lambda params: {name: is_decayed(name) for name in params}),
+        optax.add_decayed_weights(
+            config.weight_decay, lambda params: {name: is_decayed(name) for name in params}
+        ),
         _with_count(scale_by_rates),
     ]
     if config.max_grad_norm is not None:
@@ -73,4 +78,6 @@ def _with_count(transform) -> optax.GradientTransformation:
         del params
         return transform(updates, state.count), optax.ScaleByScheduleState(state.count + 1)
 
-    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+    )

@@ -23,18 +23,22 @@ HARMLESS = (
 
 
 def open_run(recipe: Recipe, workdir: Path) -> None:
-    """Makes the run directory and writes `config.json`; one that exists must hold the same run.
+    """Makes the run directory and writes `config.json`; one that holds checkpoints must be of the same run.
 
     Raises ConfigError naming the settings that differ, and CheckpointError when nothing can be written there.
     """
-    asked = {"format": RUN_FORMAT, "name": recipe.name, "stages": {n: to_json(c) for n, c in recipe.stages.items()}}
+    asked = {
+        "format": RUN_FORMAT,
+        "name": recipe.name,
+        "stages": {n: to_json(c) for n, c in recipe.stages.items()},
+    }
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         found = json.loads(path.read_text()) if path.exists() else None
         if found is None and any(workdir.iterdir()):
             raise ConfigError(f"{workdir} holds files but no run (no config.json); choose another --workdir.")
-        if found is not None:
+        if found is not None and any(workdir.glob("checkpoints/**/commit_success.txt")):
             _check_same_run(found, json.loads(json.dumps(asked)), workdir)
         write_json(path, asked)
     except OSError as error:
@@ -107,7 +111,7 @@ def write_evaluation(workdir: Path, results: dict, answered: list[dict]) -> None
 def write_model_card(workdir: Path, recipe: Recipe, summaries: dict[str, dict]) -> None:
     """Writes README.md: what was trained, on which data, with which settings and results."""
     results = json.loads((workdir / "all_results.json").read_text())
-    config = list(recipe.stages.values())[-1]
+    config = recipe.last
     model = config.model
     lines = [
         "---",
@@ -138,7 +142,9 @@ def write_model_card(workdir: Path, recipe: Recipe, summaries: dict[str, dict]) 
 
 
 def _stage_row(stage: str, config: Config, summary: dict, result: dict) -> str:
-    trains = ", ".join(name for name in ("vision_tower", "projector", "language_model") if getattr(config.tune, name))
+    trains = ", ".join(
+        name for name in ("vision_tower", "projector", "language_model") if getattr(config.tune, name)
+    )
     cells = (
         stage or config.name,
         f"`{os.path.basename(config.data.path)}`",

@@ -59,10 +59,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of the parameter `name`. Raises ConfigError when no row matches or a dimension does not divide."""
-    for pattern, axes in TABLE:
-        if re.fullmatch(pattern, name):
-            break
-    else:
+    axes = next((axes for pattern, axes in TABLE if re.fullmatch(pattern, name)), None)
+    if axes is None:
         raise ConfigError(f"No row of llava_jax/sharding.py's TABLE matches the parameter {name}; add one.")
     assert len(axes) == len(shape), (name, axes, shape)
     for size, axis in zip(shape, axes, strict=True):

@@ -47,7 +47,9 @@ def bind(graphdef: nnx.GraphDef, parameters: dict[str, jax.Array]) -> LLaVA:
     return nnx.merge(graphdef, unflatten_dict(parameters, sep="."))
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossConfig) -> Callable:
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossConfig
+) -> Callable:
     """Returns step(state, frozen, batch) -> (state, metrics).
 
     frozen: the other parameters by name. batch: arrays with a leading accumulation axis, [A, B, ...].

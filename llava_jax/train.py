@@ -12,7 +12,9 @@ from ml_collections import config_flags
 
 from llava_jax.commands import run_command
 
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="A recipe, e.g. configs/quickstart.py.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", lock_config=True, help_string="A recipe, e.g. configs/quickstart.py."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; default: runs/ and the recipe's name.")
 flags.mark_flag_as_required("config")
 

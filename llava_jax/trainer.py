@@ -15,6 +15,7 @@ from llava_jax import report
 from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import Config, Recipe
 from llava_jax.convert.export import write_hf
+from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.errors import CheckpointError, ConfigError, DivergedError
@@ -33,7 +34,7 @@ from llava_jax.sharding import (
     state_shardings,
 )
 from llava_jax.step import TrainState, abstract_model, make_train_step, model_settings
-from llava_jax.weights import Weights, after_stage, before_stage, checkpoint_directory, initial_weights, load
+from llava_jax.weights import after_stage, before_stage, checkpoint_directory, initial_weights, load
 
 
 def run(recipe: Recipe, workdir: Path) -> None:
@@ -41,9 +42,9 @@ def run(recipe: Recipe, workdir: Path) -> None:
     if recipe.prepare:
         recipe.prepare()
     # Everything that can be found wrong is found here, before any training time is spent.
-    first, last = list(recipe.stages.values())[0], list(recipe.stages.values())[-1]
+    last = recipe.last
     mesh = make_mesh(last.mesh)
-    weights = initial_weights(first)
+    weights = initial_weights(recipe.first)
     tokenizer = _load_tokenizer(weights)
     pipelines = {stage: _make_pipeline(config, tokenizer, mesh) for stage, config in recipe.stages.items()}
     if last.evaluate.path:
@@ -62,14 +63,22 @@ def run(recipe: Recipe, workdir: Path) -> None:
         report.write_evaluation(workdir, evaluation, answered)
         draw_samples(answered, last.evaluate.image_folder, workdir / "samples.png")
         print("\n".join(f"{name:<28} {value:.4g}" for name, value in evaluation.items()), flush=True)
-    report.write_model_card(workdir, recipe, {stage: pipeline.summary() for stage, pipeline in pipelines.items()})
+    report.write_model_card(
+        workdir, recipe, {stage: pipeline.summary() for stage, pipeline in pipelines.items()}
+    )
     if last.export.layout:
         _export(weights, last, workdir / "export")
     print(f"Done: {workdir}", flush=True)
 
 
 def train_stage(
-    stage: str, config: Config, weights: Weights, pipeline: Pipeline, mesh: Mesh, workdir: Path, log: MetricsLog
+    stage: str,
+    config: Config,
+    weights: ModelSource,
+    pipeline: Pipeline,
+    mesh: Mesh,
+    workdir: Path,
+    log: MetricsLog,
 ) -> dict[str, float]:
     """Trains one stage to its last step and returns its results. `weights` is the model before the stage."""
     num_steps = config.train.max_steps or math.ceil(config.train.num_epochs * pipeline.steps_per_epoch)
@@ -99,7 +108,9 @@ def _train(stage, config, weights, pipeline, mesh, log, checkpoints, saved_step,
     if saved_step is None:
         state = _new_state(load(weights, trained, jnp.float32, sharding), optimizer, mesh)
     else:
-        state = checkpoints.restore(saved_step, _abstract_state({n: shapes[n] for n in trained}, optimizer, mesh))
+        state = checkpoints.restore(
+            saved_step, _abstract_state({n: shapes[n] for n in trained}, optimizer, mesh)
+        )
 
     train_step = jax.jit(
         make_train_step(graphdef, optimizer, config.loss),
@@ -126,7 +137,13 @@ class _Recorder:
     """Gathers what steps report and logs it every `log_steps`, one step late so that devices never wait."""
 
     def __init__(self, stage, config, pipeline, first_step, num_steps, log):
-        self.stage, self.config, self.pipeline, self.num_steps, self.log = stage, config, pipeline, num_steps, log
+        self.stage, self.config, self.pipeline, self.num_steps, self.log = (
+            stage,
+            config,
+            pipeline,
+            num_steps,
+            log,
+        )
         self.progress = Progress(stage, num_steps, first_step)
         self.schedule = make_schedule(config.optimizer, num_steps)
         self.rates = {m: r for m, r in learning_rates(config.optimizer).items() if getattr(config.tune, m)}
@@ -197,9 +214,11 @@ def _make_pipeline(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Pipeline
     )
 
 
-def _load_tokenizer(weights: Weights) -> Tokenizer:
+def _load_tokenizer(weights: ModelSource) -> Tokenizer:
     if not weights.tokenizer_path:
-        raise ConfigError("No tokenizer: set init.tokenizer to a tokenizer.model or a directory that holds one.")
+        raise ConfigError(
+            "No tokenizer: set init.tokenizer to a tokenizer.model or a directory that holds one."
+        )
     tokenizer = load_tokenizer(weights.tokenizer_path)
     if tokenizer.vocab_size > weights.config.text.vocab_size:
         raise ConfigError(
@@ -210,13 +229,17 @@ def _load_tokenizer(weights: Weights) -> Tokenizer:
 
 
 def _new_state(trainable: dict[str, jax.Array], optimizer, mesh: Mesh) -> TrainState:
-    init = jax.jit(optimizer.init, out_shardings=state_shardings(mesh, jax.eval_shape(optimizer.init, trainable)))
+    init = jax.jit(
+        optimizer.init, out_shardings=state_shardings(mesh, jax.eval_shape(optimizer.init, trainable))
+    )
     return TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), trainable, init(trainable))
 
 
 def _abstract_state(shapes: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     trainable = {name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for name, leaf in shapes.items()}
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, trainable))
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(optimizer.init, trainable)
+    )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
@@ -245,7 +268,9 @@ def _stage_results(stage: str, num_steps: int, rows: list[dict]) -> dict[str, fl
     }
 
 
-def _print_plan(stage: str, config: Config, pipeline: Pipeline, shapes: dict, num_steps: int, saved_step) -> None:
+def _print_plan(
+    stage: str, config: Config, pipeline: Pipeline, shapes: dict, num_steps: int, saved_step
+) -> None:
     """What trains, on what, at which rate."""
     summary = pipeline.summary()
     print(
@@ -261,7 +286,7 @@ def _print_plan(stage: str, config: Config, pipeline: Pipeline, shapes: dict, nu
         print(f"  {module:<15} {count:>15,} parameters  {how}", flush=True)
 
 
-def _export(weights: Weights, config: Config, directory: Path) -> None:
+def _export(weights: ModelSource, config: Config, directory: Path) -> None:
     if directory.exists():
         return
     write_hf(

@@ -117,6 +117,7 @@ def test_bad_models_end_with_12_and_one_paragraph(llava_hf, tmp_path, capsys):
     del tensors["multi_modal_projector.linear_2.bias"]
     save_file(tensors, broken / "model.safetensors")
     save_clip(tmp_path / "clip", llava_hf)
+    capsys.readouterr()
     for arguments, message in (
         (("inspect", tmp_path / "nowhere"), "nowhere does not exist"),
         (("inspect", broken), "multi_modal_projector.linear_2.bias"),

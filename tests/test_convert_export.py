@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,17 @@ def test_exported_token_ids_equal_sentencepiece(which, small_tokenizer, tmp_path
         "eos_token_id": 2,
         "pad_token_id": count + 1,
     }
+
+
+def test_the_sentencepiece_model_stays_beside_with_its_legacy_flag(small_tokenizer, tmp_path):
+    (tmp_path / "old").mkdir()
+    shutil.copy(small_tokenizer, tmp_path / "old")
+    (tmp_path / "old/tokenizer_config.json").write_text('{"legacy": true}')
+    for tokenizer, legacy in ((small_tokenizer, False), (tmp_path / "old/tokenizer.model", True)):
+        directory = tmp_path / str(legacy)
+        export_with_tokenizer(directory, tokenizer)
+        assert (directory / "tokenizer.model").read_bytes() == small_tokenizer.read_bytes()
+        assert json.loads((directory / "tokenizer_config.json").read_text())["legacy"] is legacy
 
 
 def test_the_chat_template_writes_the_training_prompt(small_tokenizer, tmp_path):

@@ -8,7 +8,6 @@ inspect PATH                                         say what a directory holds
 """
 
 import argparse
-import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -94,9 +93,9 @@ def byte_count(text: str) -> int:
 
 def open_source(path: str, vision_tower: str = ""):
     """The one place where a command opens what it was given."""
-    from llava_jax.convert.opening import open_model
+    from llava_jax.weights import open_any
 
-    return open_model(path, vision_tower=vision_tower)
+    return open_any(path, vision_tower=vision_tower)
 
 
 def from_hf(arguments, parser) -> None:
@@ -122,11 +121,10 @@ def from_hf(arguments, parser) -> None:
 def assemble(vision_tower: str, language_model: str, seed: int):
     """A model of two components and a projector that is drawn."""
     from llava_jax.config import ModelConfig
-    from llava_jax.convert.new_projector import draw_projector
     from llava_jax.convert.opening import open_parts
+    from llava_jax.weights import complete
 
-    parts = open_parts(ModelConfig(), vision_tower=vision_tower, language_model=language_model)
-    return dataclasses.replace(parts, leaves=parts.leaves | draw_projector(parts.config, seed))
+    return complete(open_parts(ModelConfig(), vision_tower=vision_tower, language_model=language_model), seed)
 
 
 def to_hf(arguments, parser) -> None:

@@ -56,10 +56,16 @@ def write_hf(
     named_dtype = dtype or read("language_model.norm.scale").dtype.name
     with new_directory(directory) as partial:
         if layout == "llava-hf":
-            tokens = write_tokenizer(partial, tokenizer_path, model)
+            tokens, image_in_prompt = write_tokenizer(partial, tokenizer_path, model)
             vocabulary = _padded_vocabulary(model.text.vocab_size, tokens, set_aside)
             fields = write_llava_hf_config(model, tokens, dtype=named_dtype, vocab_size=vocabulary)
-            write_processor(partial, model, template, image_aspect_ratio)
+            write_processor(
+                partial,
+                model,
+                template=template,
+                image_aspect_ratio=image_aspect_ratio,
+                image_in_prompt=image_in_prompt,
+            )
         else:
             copy_tokenizer(tokenizer_path, partial)
             write_slow_tokenizer_config(partial)

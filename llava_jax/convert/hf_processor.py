@@ -2,28 +2,28 @@
 
 import json
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 
 from llava_jax.config import ModelConfig
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.model_configs import SpecialTokens
-from llava_jax.convert.tokenizer_files import copy_tokenizer
+from llava_jax.convert.tensors import read_json
+from llava_jax.convert.tokenizer_files import copy_tokenizer, is_legacy
 
 IMAGE, PAD = "<image>", "<pad>"
 
 _MEAN = [0.48145466, 0.4578275, 0.40821073]
 _STD = [0.26862954, 0.26130258, 0.27577711]
 
-# The original cuts a prompt at each image and tokenizes the text after it on its own, which puts a "\u2581"
-# before the newline. transformers does not, so the template writes the space that makes the ids equal.
 _TURNS = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'user' -%}{{ 'USER: ' }}{%- endif -%}
 {%- if message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}{%- endif -%}
 {%- if message['role'] != 'system' -%}
 {%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image> \\n' }}{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}{{ IMAGE }}{%- endfor -%}
 {%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
 {%- endif -%}
 {{ ' ' if message['role'] == 'user' else eos_token }}
@@ -44,24 +44,19 @@ _SYSTEMS = {name: _ASSISTANT.format("user", "user") for name in ("v1", "vicuna_v
 _SYSTEMS["llava_v1"] = _ASSISTANT.format("human", "human")
 
 
-def write_tokenizer(directory: Path, tokenizer_path: str, model: ModelConfig) -> SpecialTokens:
-    """Writes tokenizer.json with `<image>` and `<pad>` appended. Without a tokenizer only ids are returned.
+def write_tokenizer(directory: Path, tokenizer_path: str, model: ModelConfig) -> tuple[SpecialTokens, str]:
+    """Writes tokenizer.json with `<image>` and `<pad>` appended -> the special ids, and an image in a prompt.
 
-    Plain text gets the ids of sentencepiece with legacy=false and a leading BOS, except that transformers'
-    tokenizer merges runs of spaces differently.
+    Plain text gets the ids of sentencepiece and a leading BOS, except that transformers' tokenizer merges
+    runs of spaces differently. A tokenizer.model is kept beside, for software that reads it. Without a
+    tokenizer nothing is written.
     """
     base = model.text.vocab_size
     if not tokenizer_path:
-        return SpecialTokens(image=base, pad=base + 1, bos=1, eos=2)
-    from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
+        return SpecialTokens(image=base, pad=base + 1, bos=1, eos=2), IMAGE + "\n"
+    from transformers import AddedToken
 
-    with tempfile.TemporaryDirectory() as copied:
-        copy_tokenizer(tokenizer_path, Path(copied))
-        if (Path(copied) / "tokenizer.model").exists():
-            tokenizer = LlamaTokenizer.from_pretrained(copied, add_bos_token=True, add_eos_token=False)
-            _check_ids(tokenizer, tokenizer_path, Path(copied) / "tokenizer.model")
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer = _load_tokenizer(directory, tokenizer_path)
     own = [token for token in (IMAGE, PAD) if token not in tokenizer.get_vocab()]
     if len(tokenizer) > base + 2 - len(own):
         raise ConversionError(
@@ -72,12 +67,44 @@ def write_tokenizer(directory: Path, tokenizer_path: str, model: ModelConfig) ->
     tokenizer.add_special_tokens({"pad_token": AddedToken(PAD, special=True, normalized=False)})
     tokenizer.model_max_length = model.text.max_position_embeddings
     tokenizer.save_pretrained(directory)
-    return SpecialTokens(
+    if (directory / "tokenizer.model").exists():
+        settings = read_json(directory / "tokenizer_config.json") | {"legacy": tokenizer.legacy}
+        _write_json(directory / "tokenizer_config.json", settings)
+    tokens = SpecialTokens(
         image=tokenizer.convert_tokens_to_ids(IMAGE),
         pad=tokenizer.pad_token_id,
         bos=1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos=2 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
     )
+    return tokens, _image_in_prompt(tokenizer)
+
+
+def _load_tokenizer(directory: Path, tokenizer_path: str):
+    """transformers' tokenizer for `tokenizer_path`; a tokenizer.model is copied to `directory` too."""
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    with tempfile.TemporaryDirectory() as copied:
+        copy_tokenizer(tokenizer_path, Path(copied))
+        vocabulary = Path(copied) / "tokenizer.model"
+        if not vocabulary.exists():
+            return AutoTokenizer.from_pretrained(copied)
+        tokenizer = LlamaTokenizer.from_pretrained(
+            copied, legacy=is_legacy(Path(copied)), add_bos_token=True, add_eos_token=False
+        )
+        _check_ids(tokenizer, tokenizer_path, vocabulary)
+        shutil.copyfile(vocabulary, directory / "tokenizer.model")
+        return tokenizer
+
+
+def _image_in_prompt(tokenizer) -> str:
+    """The placeholder and the newline behind it, spelled so that their ids are those of training.
+
+    The original tokenizes the text behind an image on its own, with the space that starts every text. Where
+    transformers' tokenizer adds none in the middle of a text, one is written.
+    """
+    newline = tokenizer("\n", add_special_tokens=False).input_ids
+    spaced = tokenizer(IMAGE + " \n", add_special_tokens=False).input_ids
+    return IMAGE + (" \n" if spaced[1:] == newline else "\n")
 
 
 def _check_ids(tokenizer, tokenizer_path: str, vocabulary: Path) -> None:
@@ -111,17 +138,17 @@ def write_slow_tokenizer_config(directory: Path) -> None:
     _write_json(directory / "tokenizer_config.json", fields)
 
 
-def write_processor(directory: Path, model: ModelConfig, template: str, image_aspect_ratio: str) -> None:
+def write_processor(
+    directory: Path, model: ModelConfig, *, template: str, image_aspect_ratio: str, image_in_prompt: str
+) -> None:
     """Writes the image processor's and the processor's settings, and the chat template where there is one.
 
     With "pad" the image processor pads to a square in the mean color before it resizes, as in training. Where
     transformers resizes through torchvision instead of PIL, pixels differ from training by a level or two.
     """
-    side = model.vision.image_size
+    side, pad = model.vision.image_size, image_aspect_ratio == "pad"
     image_processor = {
-        "image_processor_type": "LlavaImageProcessor"
-        if image_aspect_ratio == "pad"
-        else "CLIPImageProcessor",
+        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
@@ -135,7 +162,7 @@ def write_processor(directory: Path, model: ModelConfig, template: str, image_as
         "image_mean": _MEAN,
         "image_std": _STD,
     }
-    if image_aspect_ratio == "pad":
+    if pad:
         image_processor["do_pad"] = True
     processor = {
         "processor_class": "LlavaProcessor",
@@ -148,7 +175,8 @@ def write_processor(directory: Path, model: ModelConfig, template: str, image_as
     _write_json(directory / "processor_config.json", processor)
     if template in _SYSTEMS:
         system = _SYSTEM.replace("SYSTEM", json.dumps(_SYSTEMS[template]))
-        (directory / "chat_template.jinja").write_text(system + _TURNS, encoding="utf-8")
+        turns = _TURNS.replace("IMAGE", json.dumps(image_in_prompt))
+        (directory / "chat_template.jinja").write_text(system + turns, encoding="utf-8")
         return
     logging.getLogger(__name__).warning(
         "No chat template is written: conversation template %r has none for transformers.", template

@@ -109,6 +109,8 @@ def _rows(prefix: str, table, sizes: dict[str, int], num_layers: int) -> list[Ro
     rows = []
     for leaf, tensor, how, letters in table:
         stacked = "{}" in tensor
+        if stacked and not num_layers:
+            continue
         shape = tuple(sizes[letter] for letter in letters)
         tensors = tuple(prefix + tensor.format(i) for i in range(num_layers if stacked else 1))
         rows.append(Row(prefix + leaf, tensors, how, (num_layers, *shape) if stacked else shape, stacked))

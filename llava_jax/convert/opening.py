@@ -6,8 +6,8 @@ from pathlib import Path
 from llava_jax.config import ConfigError, ModelConfig
 from llava_jax.convert import layouts, ours
 from llava_jax.convert.errors import ConversionError
-from llava_jax.convert.names import PROJECTOR, projector_rows
-from llava_jax.convert.source import Leaf, ModelSource
+from llava_jax.convert.names import PROJECTOR
+from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles
 
 
@@ -44,7 +44,7 @@ def open_projector(path) -> ModelSource:
     )
 
 
-def open_parts(model: ModelConfig, *, vision_tower="", language_model="", projector="") -> ModelSource:
+def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> ModelSource:
     """Puts a model together from component directories, each optional.
 
     The result has layout "parts", the leaves of the components given, and as config `model` with their own
@@ -64,8 +64,6 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="", projec
             path, TensorFiles(path), layouts.config_fields(path), num_layers=model.num_vision_layers_run
         )
         leaves, idle = dict(clip.leaves), clip.idle
-    if projector:
-        leaves |= _fitting_projector(projector, model)
     if decoder:
         leaves |= decoder.leaves
     return ModelSource("parts", model, leaves, idle, decoder.tokenizer_path if decoder else "")
@@ -90,18 +88,3 @@ def _component(path, layout: str, noun: str) -> ModelSource:
             f"{path} should be a {noun} of its own, but it is a model of layout {source.layout}."
         )
     return source
-
-
-def _fitting_projector(path, model: ModelConfig) -> dict[str, Leaf]:
-    leaves = open_projector(path).leaves
-    rows = projector_rows(model.vision.hidden_size, model.text.hidden_size, model.projector_depth)
-    found, expected = (
-        {name: leaf.shape for name, leaf in leaves.items()},
-        {row.leaf: row.shape for row in rows},
-    )
-    if found != expected:
-        raise ConversionError(
-            f"The projector in {path} has shapes {found}, but model.projector_type="
-            f"{model.projector_type!r} between this tower and this decoder needs {expected}."
-        )
-    return leaves

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from llava_jax.convert.tensors import read_json
+
 # One of the first two is the vocabulary; the rest say how it is used.
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 _SETTINGS = (
@@ -17,6 +19,15 @@ _SETTINGS = (
 def find_tokenizer(directory: Path) -> str:
     """The directory itself if it holds a tokenizer, else ""."""
     return str(directory) if any((directory / name).exists() for name in _VOCABULARIES) else ""
+
+
+def is_legacy(directory: Path) -> bool:
+    """Whether Llama's tokenizer puts a space behind every special token, as before 2023's correction.
+
+    A tokenizer_config.json that does not say means yes, none at all means no: a bare Vicuna v1.5.
+    """
+    file = directory / "tokenizer_config.json"
+    return file.exists() and read_json(file).get("legacy") is not False
 
 
 def copy_tokenizer(tokenizer_path: str, directory: Path) -> None:

@@ -33,7 +33,9 @@ def attention(
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     if segment_ids is not None and kv_segment_ids is None:
         kv_segment_ids = segment_ids
-    return _reference(q, k, v, causal=causal, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, sm_scale=scale)
+    return _reference(
+        q, k, v, causal=causal, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, sm_scale=scale
+    )
 
 
 def _reference(q, k, v, *, causal, segment_ids, kv_segment_ids, sm_scale):

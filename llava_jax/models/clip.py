@@ -19,7 +19,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalize(images: jax.Array) -> jax.Array:
-    """uint8[..., 3] -> float32[..., 3] as CLIPImageProcessor rescales and normalises, bit for bit."""
+    """uint8[..., 3] -> float32[..., 3] as CLIPImageProcessor rescales and normalises, up to rounding (5e-7)."""
     pixels = images.astype(jnp.float32) * jnp.float32(1 / 255)
     return (pixels - jnp.array(IMAGE_MEAN, jnp.float32)) / jnp.array(IMAGE_STD, jnp.float32)
 
@@ -48,7 +48,10 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        q, k, v = (
+            y.reshape(*x.shape[:2], -1, self.head_dim)
+            for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
         return self.out_proj(attention(q, k, v, causal=False).reshape(x.shape))
 
 
@@ -83,7 +86,15 @@ class CLIPVisionTower(nnx.Module):
     """
 
     def __init__(
-        self, config: VisionConfig, num_layers: int, *, dtype, remat: str, unroll: int, constrain, rngs: nnx.Rngs
+        self,
+        config: VisionConfig,
+        num_layers: int,
+        *,
+        dtype,
+        remat: str,
+        unroll: int,
+        constrain,
+        rngs: nnx.Rngs,
     ):
         C = config.hidden_size
         normal = nnx.initializers.normal(C**-0.5)

@@ -132,8 +132,12 @@ class Llama(nnx.Module):
 
     def __init__(self, config: TextConfig, *, dtype, remat: str, unroll: int, constrain, rngs: nnx.Rngs):
         D, V = config.hidden_size, config.vocab_size
-        self.embed_tokens = nnx.Embed(V, D, embedding_init=nnx.initializers.normal(D**-0.5), dtype=dtype, rngs=rngs)
-        self.layers = stack(lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs)
+        self.embed_tokens = nnx.Embed(
+            V, D, embedding_init=nnx.initializers.normal(D**-0.5), dtype=dtype, rngs=rngs
+        )
+        self.layers = stack(
+            lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs
+        )
         self.norm = RMSNorm(D, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(D, V, use_bias=False, dtype=dtype, rngs=rngs)
@@ -156,13 +160,20 @@ class Llama(nnx.Module):
 
     def extend(self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache):
         """The same for tokens that follow those in the cache -> (hidden float[B, T, D], Cache)."""
-        kv_segment_ids = jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.length, axis=1)
+        kv_segment_ids = jax.lax.dynamic_update_slice_in_dim(
+            cache.segment_ids, segment_ids, cache.length, axis=1
+        )
 
         def call(block, x, layer_cache):
             return block(x, positions, segment_ids, (*layer_cache, kv_segment_ids, cache.length))
 
         x, (keys, values) = run_stack(
-            call, self.layers, embeddings, per_layer=(cache.keys, cache.values), remat="none", unroll=self.unroll
+            call,
+            self.layers,
+            embeddings,
+            per_layer=(cache.keys, cache.values),
+            remat="none",
+            unroll=self.unroll,
         )
         return self.norm(x), Cache(keys, values, kv_segment_ids, cache.length + embeddings.shape[1])
 

@@ -22,7 +22,9 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
     return make(rngs)
 
 
-def run_stack(call: Callable, blocks: nnx.Module, x: jax.Array, *, per_layer=None, remat: str, unroll: int = 1):
+def run_stack(
+    call: Callable, blocks: nnx.Module, x: jax.Array, *, per_layer=None, remat: str, unroll: int = 1
+):
     """Runs `x, out = call(block, x, per_layer[i])` over the layers; returns x and the stacked outs.
 
     remat: "none" keeps all activations for the backward pass, "dots" and "full" follow REMAT_POLICIES.

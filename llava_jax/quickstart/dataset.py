@@ -16,11 +16,11 @@ from llava_jax.quickstart.conversations import (
     one_of_each_kind,
     small_talk,
 )
-from llava_jax.quickstart.scenes import Scene, paint, random_scene
+from llava_jax.quickstart.scenes import Scene, paint, random_mosaic, random_scene
 from llava_jax.quickstart.tokenizer import train_tokenizer
 
 VERSION = 1  # of what is drawn and said; part of dataset.json
-CELLS = 4  # per side of a map: one for each patch of a 32 px tower with 8 px patches
+CELLS = 2  # per side of a map: one for each patch of a 32 px tower with 8 px patches
 VOCAB_SIZE = 512
 
 
@@ -113,9 +113,10 @@ def _write_dataset(folder: Path, arguments: dict[str, int]) -> None:
     (folder / "images").mkdir()
 
     train = _write_pictures(folder, seed, "train", arguments["num_train"])
+    mosaics = _write_pictures(folder, seed, "mosaic", arguments["num_maps"], random_mosaic)
     towers = [
         _record(f"map_{name}", name, [Turn("map", "Read the picture.", map_caption(scene, CELLS))])
-        for name, scene in list(train.items())[: arguments["num_maps"]]
+        for name, scene in mosaics.items()
     ]
     rng = random.Random(f"{seed}/captions")
     captions = [_record(f"caption_{name}", name, [description(scene, rng)]) for name, scene in train.items()]
@@ -157,12 +158,12 @@ def _write_dataset(folder: Path, arguments: dict[str, int]) -> None:
     (folder / "dataset.json").write_text(json.dumps(arguments, indent=2) + "\n")
 
 
-def _write_pictures(folder: Path, seed: int, split: str, number: int) -> dict[str, Scene]:
+def _write_pictures(folder: Path, seed: int, split: str, number: int, draw=random_scene) -> dict[str, Scene]:
     """Draws and writes a split's pictures; returns their scenes by file name."""
     scenes = {}
     for index in range(number):
         rng = random.Random(f"{seed}/{split}/{index}")
-        scene = random_scene(rng)
+        scene = draw(rng)
         if rng.random() < 0.8:
             name, options = f"{split}_{index:05d}.jpg", {"quality": rng.randint(75, 95)}
         else:

@@ -6,13 +6,14 @@ import random
 from PIL import Image, ImageDraw
 
 COLORS = {
-    "red": (210, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 70, 210),
-    "yellow": (235, 200, 30),
-    "purple": (140, 40, 170),
-    "black": (30, 30, 30),
+    "red": (225, 30, 30),
+    "green": (20, 215, 50),
+    "blue": (30, 60, 235),
+    "yellow": (240, 225, 20),
+    "white": (245, 245, 245),
+    "black": (15, 15, 15),
 }
+GRAY = (122, 116, 104)
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # in reading order
 
@@ -51,13 +52,25 @@ def random_scene(rng: random.Random) -> Scene:
     long_side = rng.randint(64, 160)
     short_side = rng.randint(max(64, round(MIN_ASPECT * long_side + 0.5)), max(64, long_side))
     width, height = (long_side, short_side) if rng.random() < 0.5 else (short_side, long_side)
-    background = tuple(rng.randint(236, 252) for _ in range(3))
+    background = tuple(value + rng.randint(-8, 8) for value in GRAY)
     number = rng.randint(1, 2)
     while True:
         things = _random_things(rng, width, height, number)
         if number == 1 or _apart(*things, gap=GAP * long_side):
             things.sort(key=lambda thing: PLACES.index(thing.place))
             return Scene(width, height, background, tuple(things))
+
+
+def random_mosaic(rng: random.Random) -> Scene:
+    """A square picture with a thing in each of its quarters; colors and shapes may occur again."""
+    side = rng.randint(64, 160)
+    background = tuple(value + rng.randint(-8, 8) for value in GRAY)
+    things = []
+    for place in PLACES:
+        diameter = rng.uniform(SMALLEST, 0.46) * side
+        x, y = (rng.uniform(diameter, side / 2 * (1 - GAP)) - diameter / 2 for _ in range(2))
+        things.append(_thing(rng, side, side, rng.choice(tuple(COLORS)), rng.choice(SHAPES), place, x, y, diameter))
+    return Scene(side, side, background, tuple(things))
 
 
 def paint(scene: Scene) -> Image.Image:
@@ -90,18 +103,23 @@ def grid(scene: Scene, cells: int) -> list[Thing | None]:
 
 def _random_things(rng: random.Random, width: int, height: int, number: int) -> list[Thing]:
     colors, shapes, places = (rng.sample(words, number) for words in (tuple(COLORS), SHAPES, PLACES))
+    return [_random_thing(rng, width, height, *words) for words in zip(colors, shapes, places, strict=True)]
+
+
+def _random_thing(rng: random.Random, width: int, height: int, color: str, shape: str, place: str) -> Thing:
     long_side, short_side = max(width, height), min(width, height)
     largest = min(LARGEST * long_side, short_side - 2 * OFF_CENTER * long_side)  # fits beside the middle line
-    things = []
-    for color, shape, place in zip(colors, shapes, places, strict=True):
-        diameter = rng.uniform(SMALLEST * long_side, largest)
-        x = rng.uniform(diameter / 2, width / 2 - OFF_CENTER * long_side)
-        y = rng.uniform(diameter / 2, height / 2 - OFF_CENTER * long_side)
-        x = width - x if place.endswith("right") else x
-        y = height - y if place.startswith("bottom") else y
-        rgb = tuple(min(255, max(0, value + rng.randint(-18, 18))) for value in COLORS[color])
-        things.append(Thing(color, shape, place, rgb, x, y, diameter))
-    return things
+    diameter = rng.uniform(SMALLEST * long_side, largest)
+    x = rng.uniform(diameter / 2, width / 2 - OFF_CENTER * long_side)
+    y = rng.uniform(diameter / 2, height / 2 - OFF_CENTER * long_side)
+    return _thing(rng, width, height, color, shape, place, x, y, diameter)
+
+
+def _thing(rng, width, height, color, shape, place, x, y, diameter) -> Thing:
+    x = width - x if place.endswith("right") else x
+    y = height - y if place.startswith("bottom") else y
+    rgb = tuple(min(255, max(0, value + rng.randint(-18, 18))) for value in COLORS[color])
+    return Thing(color, shape, place, rgb, x, y, diameter)
 
 
 def _apart(a: Thing, b: Thing, *, gap: float) -> bool:

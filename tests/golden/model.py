@@ -67,7 +67,9 @@ def _compare_forward(model, case: dict, data: dict[str, np.ndarray]) -> str | No
         return "the labels differ"
 
     loss, outputs, grads = _run(parameters, _round_up(batch), graphdef=graphdef)
-    found = {key: np.asarray(value)[:B, :T][real] for key, value in outputs.items() if not key.startswith("image_")}
+    found = {
+        key: np.asarray(value)[:B, :T][real] for key, value in outputs.items() if not key.startswith("image_")
+    }
     expected = {key: data[key][real] for key in ("merged_inputs_embeds", "logits") if key in data}
     if "logits_at" in data:
         rows, times = data["logits_positions"].T

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load as load_safetensors
 
-from llava_jax.config import Config, DataConfig, InitConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig, TuneConfig
+from llava_jax.config import (
+    Config,
+    DataConfig,
+    InitConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from llava_jax.convert.opening import open_parts
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.pipeline import Pipeline
@@ -26,7 +35,9 @@ LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-4
 WEIGHT_TOLERANCE = 1e-4
 PIXEL_SUM_TOLERANCE = 5e-3  # one pixel that is off by one level changes the sum by 1.4e-2
-MAX_NOISY_SHARE = 1e-4  # of a tensor's entries may move the other way: AdamW's sign where the gradient is about 0
+MAX_NOISY_SHARE = (
+    1e-4  # of a tensor's entries may move the other way: AdamW's sign where the gradient is about 0
+)
 
 
 def check(folder: Path, tokenizer: Path | None) -> Iterator[tuple[str, str | None]]:
@@ -54,7 +65,10 @@ def _check_run(folder: Path, run: Path, tokenizer: Path | None) -> Iterator[tupl
         batches = list(_batches(config, record, data, load_json(run / "dataset.json")))
         sums = np.concatenate([_pixel_sums(batch["images"]) for batch in batches])
         worst = np.abs(sums - data["image_sums"]).max()
-        yield f"{run.name} images", None if worst < PIXEL_SUM_TOLERANCE else f"pixel sums differ by {worst:.1e}"
+        yield (
+            f"{run.name} images",
+            None if worst < PIXEL_SUM_TOLERANCE else f"pixel sums differ by {worst:.1e}",
+        )
         if tokenizer is not None:
             yield f"{run.name} tokens", _compare_pipeline(config, batches, load_tokenizer(str(tokenizer)))
         parameters = {name: source.read(name) for name in source.names()}
@@ -90,7 +104,9 @@ def _config(record: dict, model: ModelConfig, run: Path, folder: Path) -> Config
             max_grad_norm=args["max_grad_norm"],
         ),
         loss=LossConfig(normalize="microbatch"),
-        train=TrainConfig(accumulation_steps=accumulation, dtype="float32", frozen_dtype="float32", remat="none"),
+        train=TrainConfig(
+            accumulation_steps=accumulation, dtype="float32", frozen_dtype="float32", remat="none"
+        ),
     )
 
 
@@ -102,12 +118,18 @@ def _batches(config: Config, record: dict, data: dict, samples: list[dict]) -> I
         for micro, ids in enumerate(record["steps"][step]["samples"]):
             prefix = f"b{step * accumulation + micro:02}_"
             for tokens, labels, mask, sample in zip(
-                data[prefix + "input_ids"], data[prefix + "labels"], data[prefix + "attention_mask"], ids, strict=True
+                data[prefix + "input_ids"],
+                data[prefix + "labels"],
+                data[prefix + "attention_mask"],
+                ids,
+                strict=True,
             ):
                 copies = np.where(tokens[mask] == IMAGE_TOKEN, config.model.num_image_tokens, 1)
                 targets = np.where(tokens[mask] == IMAGE_TOKEN, -100, labels[mask])
                 limit = config.data.max_length
-                rows.append((tokens[mask].repeat(copies)[:limit], targets.repeat(copies)[:limit], samples[sample]))
+                rows.append(
+                    (tokens[mask].repeat(copies)[:limit], targets.repeat(copies)[:limit], samples[sample])
+                )
         T = max(len(tokens) for tokens, *_ in rows)
         T += -T % 64
         batch = {key: np.zeros((len(rows), T), np.int32) for key in ("tokens", "positions", "segment_ids")}
@@ -158,7 +180,9 @@ def _projector(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         *number, kind = name.removeprefix("model.mm_projector.").split(".")
         layer = f"multi_modal_projector.linear_{int(number[0]) // 2 + 1 if number else 1}"
-        leaves[f"{layer}.{'kernel' if kind == 'weight' else 'bias'}"] = tensor.T if kind == "weight" else tensor
+        leaves[f"{layer}.{'kernel' if kind == 'weight' else 'bias'}"] = (
+            tensor.T if kind == "weight" else tensor
+        )
     return leaves
 
 

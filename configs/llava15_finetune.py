@@ -1,0 +1,49 @@
+"""LLaVA-1.5 stage 2: visual instruction tuning of projector and decoder on the 665K mix.
+
+Reproduces scripts/v1_5/finetune.sh of the original: learning rate 2e-5, global batch 128, one epoch, images padded to
+square, template `v1`, no gradient clipping (its DeepSpeed files switch it off). Not yet here: grouping of samples by
+modality and length. Published cost: 10 hours (7b, eight A100-40G), 20 hours (13b).
+
+Needs, beside this directory or wherever the paths below point:
+    checkpoints/vicuna-7b-v1.5                  lmsys/vicuna-7b-v1.5 (or -13b-), with tokenizer.model
+    checkpoints/clip-vit-large-patch14-336      openai/clip-vit-large-patch14-336
+    runs/llava15-7b-pretrain                    the run of configs/llava15_pretrain.py, or a file with its projector
+    playground/data                             llava_v1_5_mix665k.json and coco, gqa, ocr_vqa, textvqa, vg beside it
+
+    python -m llava_jax.train --config=configs/llava15_finetune.py:7b --workdir=runs/llava15-7b
+"""
+
+from ml_collections import ConfigDict
+
+from llava_jax.config import default_config
+
+SIZES = {
+    "7b": {},
+    "13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+}
+
+
+def get_config(size: str = "7b") -> ConfigDict:
+    config = default_config()
+    config.name = f"llava15_finetune_{size}"
+    config.model.text.update(SIZES[size])
+    config.init.language_model = f"checkpoints/vicuna-{size}-v1.5"
+    config.init.vision_tower = "checkpoints/clip-vit-large-patch14-336"
+    config.init.projector = f"runs/llava15-{size}-pretrain"
+
+    config.data.path = "playground/data/llava_v1_5_mix665k.json"
+    config.data.image_folder = "playground/data"
+    config.data.template = "v1"
+    config.data.image_aspect_ratio = "pad"
+    config.data.batch_size = 128
+
+    config.optimizer.learning_rate = 2e-5
+    config.export.layout = "llava-hf"
+    config.export.dtype = "bfloat16"
+    return config

@@ -1,0 +1,159 @@
+"""Recipes become validated configs, or errors that say what to change."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from llava_jax.config import Config, ConfigError, ModelConfig, default_config, default_stage, from_json, parse, to_json
+
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def two_stages():
+    config = default_config()
+    for key in default_stage():
+        del config[key]
+    config.stage_order = ("one", "two")
+    config.stages = {"one": default_stage(), "two": default_stage()}
+    return config
+
+
+def test_the_defaults_are_llava_15_7b_stage_2():
+    config = parse(default_config()).stages[""]
+    assert config == Config()
+    assert (config.model.num_image_tokens, config.model.num_vision_layers_run) == (576, 23)
+    assert (config.optimizer.learning_rate, config.data.batch_size, config.data.max_length) == (2e-5, 128, 2048)
+    assert dataclasses.asdict(config.tune) == {
+        "vision_tower": False,
+        "projector": True,
+        "language_model": True,
+        "fresh_projector": False,
+    }
+
+
+def test_a_config_survives_json():
+    config = dataclasses.replace(Config(), seed=7)
+    assert from_json(Config, to_json(config)) == config
+
+
+def test_stages_share_what_they_do_not_set():
+    recipe = two_stages()
+    recipe.seed = 3
+    recipe.stages["one"].data.template = "plain"
+    stages = parse(recipe).stages
+    assert list(stages) == ["one", "two"]
+    assert [(s.seed, s.data.template) for s in stages.values()] == [(3, "plain"), (3, "v1")]
+    assert (parse(recipe).first, parse(recipe).last) == tuple(stages.values())
+
+
+def test_a_setting_that_every_stage_has_cannot_be_set_for_all():
+    recipe = two_stages()
+    recipe.data = default_stage().data
+    with pytest.raises(ConfigError, match=r"data: set per stage here, as stages\.one\.KEY"):
+        parse(recipe)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "hint"),
+    [
+        ("data", "bath_size", "'data.bath_size'. Did you mean 'batch_size'?"),
+        ("optimizer", "warmup", "Did you mean 'warmup_ratio'?"),
+        ("data", "learning_rte", "Did you mean 'optimizer.learning_rate'?"),
+        ("tune", "zzz", "Known: fresh_projector, language_model"),
+    ],
+)
+def test_unknown_keys_answer_with_the_nearest_name(section, key, hint):
+    config = default_config()
+    config[section][key] = 1
+    with pytest.raises(ConfigError) as error:
+        parse(config)
+    assert hint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"optimizer.schedule": "cosin"}, "optimizer.schedule='cosin' is not one of .* Did you mean 'cosine'"),
+        ({"optimizer.warmup_ratio": 1.5}, "warmup_ratio=1.5 is a share"),
+        ({"data.image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres' is not one of 'pad', 'square'"),
+        ({"data.max_length": 8192}, "max_length=8192 exceeds .*max_position_embeddings=4096"),
+        ({"data.max_length": 500}, "One image takes 576 tokens"),
+        ({"train.accumulation_steps": 3}, "batch_size=128 is not a multiple of train.accumulation_steps=3"),
+        ({"tune.projector": False, "tune.language_model": False}, "Nothing trains"),
+        (
+            {"tune.projector": False, "optimizer.projector_learning_rate": 1e-4},
+            "projector_learning_rate is set but tune.projector=False",
+        ),
+        ({"init.model": "a", "init.vision_tower": "b"}, "set one or the other"),
+        ({"model.projector_type": "mlpx_gelu"}, "projector_type='mlpx_gelu' is not one of"),
+        ({"model.projector_type": "identity"}, "needs equal widths"),
+        ({"model.select_layer": -26}, "outside CLIP's 25 hidden states"),
+        ({"model.text.num_key_value_heads": 5}, "num_attention_heads=32 is not a multiple"),
+        ({"model.vision.patch_size": 15}, "image_size=336 is not a multiple"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(changes, message):
+    config = default_config()
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    with pytest.raises(ConfigError, match=message):
+        parse(config)
+
+
+def test_wrong_types_are_named():
+    with pytest.raises(ConfigError, match=r"seed='a' should be of type int, not str"):
+        from_json(Config, {"seed": "a"})
+    with pytest.raises(ConfigError, match=r"tune.projector=1 should be of type bool"):
+        from_json(Config, {"tune": {"projector": 1}})
+    with pytest.raises(ConfigError, match=r"train.max_steps=True should be of type int"):
+        from_json(Config, {"train": {"max_steps": True}})
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [("identity", 0), ("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp12x_gelu", 12)]
+)
+def test_projector_names_say_their_depth(name, depth):
+    vision = dataclasses.replace(ModelConfig().vision, hidden_size=4096)
+    assert ModelConfig(vision=vision, projector_type=name).projector_depth == depth
+
+
+def load_recipe(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_its_command(path):
+    module = load_recipe(path)
+    assert f"--config=configs/{path.name}" in module.__doc__
+    for size in getattr(module, "SIZES", {"": None}):
+        recipe = parse(module.get_config(*([size] if size else [])))
+        assert recipe.name.startswith(path.stem.split("_")[0])
+
+
+def test_recipes_hold_the_published_values():
+    def stage(name, size):
+        path = Path(__file__).parent.parent / "configs" / f"{name}.py"
+        return parse(load_recipe(path).get_config(size)).stages[""]
+
+    for size, width, layers in (("7b", 4096, 32), ("13b", 5120, 40)):
+        pretrain, finetune = stage("llava15_pretrain", size), stage("llava15_finetune", size)
+        assert (pretrain.model.text.hidden_size, pretrain.model.text.num_hidden_layers) == (width, layers)
+        assert finetune.model == pretrain.model
+        assert (pretrain.optimizer.learning_rate, pretrain.data.batch_size, pretrain.data.template) == (1e-3, 256, "plain")
+        assert (finetune.optimizer.learning_rate, finetune.data.batch_size, finetune.data.template) == (2e-5, 128, "v1")
+        assert (pretrain.tune.language_model, finetune.tune.language_model) == (False, True)
+        assert (pretrain.data.image_aspect_ratio, finetune.data.image_aspect_ratio) == ("square", "pad")
+        for config in (pretrain, finetune):
+            assert (config.optimizer.warmup_ratio, config.optimizer.weight_decay) == (0.03, 0.0)
+            assert config.optimizer.max_grad_norm is None
+            assert (config.train.num_epochs, config.data.max_length) == (1.0, 2048)
