@@ -14,24 +14,13 @@ Needs, beside this directory or wherever the paths below point:
 
 from ml_collections import ConfigDict
 
-from llava_jax.config import default_config
-
-SIZES = {
-    "7b": {},
-    "13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-    },
-}
+from llava_jax.config import default_config, vicuna
 
 
 def get_config(size: str = "7b") -> ConfigDict:
     config = default_config()
     config.name = f"llava15_pretrain_{size}"
-    config.model.text.update(SIZES[size])
+    config.model.text = vicuna(size)
     config.init.language_model = f"checkpoints/vicuna-{size}-v1.5"
     config.init.vision_tower = "checkpoints/clip-vit-large-patch14-336"
 

@@ -13,13 +13,13 @@ from llava_jax.quickstart.dataset import prepare
 DATASET = "data/quickstart"
 
 
-def stage(path: str, *, template: str, steps: int, batch_size: int, learning_rate: float) -> ConfigDict:
+def stage(path: str, *, template: str, max_length: int, steps: int, batch_size: int, learning_rate: float) -> ConfigDict:
     section = default_stage()
     section.data.path = f"{DATASET}/{path}"
     section.data.image_folder = f"{DATASET}/images"
     section.data.template = template
     section.data.batch_size = batch_size
-    section.data.max_length = 192
+    section.data.max_length = max_length
     section.data.num_threads = 2
     section.optimizer.learning_rate = learning_rate
     section.optimizer.warmup_ratio = 0.06
@@ -51,12 +51,12 @@ def get_config() -> ConfigDict:
         num_key_value_heads=4, head_dim=32, max_position_embeddings=256,
     )
 
-    towers = stage("towers.json", template="plain", steps=600, batch_size=32, learning_rate=1.5e-3)
+    towers = stage("towers.json", template="plain", max_length=40, steps=600, batch_size=32, learning_rate=1.5e-3)
     towers.tune.vision_tower = True
-    pretrain = stage("pretrain.json", template="plain", steps=60, batch_size=64, learning_rate=5e-3)
+    pretrain = stage("pretrain.json", template="plain", max_length=40, steps=60, batch_size=64, learning_rate=5e-3)
     pretrain.tune.language_model = False
     pretrain.tune.fresh_projector = True
-    finetune = stage("finetune.json", template="v1", steps=600, batch_size=32, learning_rate=1.5e-3)
+    finetune = stage("finetune.json", template="v1", max_length=128, steps=600, batch_size=32, learning_rate=1.5e-3)
     config.stage_order = ("towers", "pretrain", "finetune")
     config.stages = ConfigDict({"towers": towers, "pretrain": pretrain, "finetune": finetune})
 

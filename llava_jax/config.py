@@ -412,6 +412,22 @@ def default_stage() -> ConfigDict:
 STAGE_SECTIONS = ("data", "tune", "optimizer", "loss", "train", "checkpoint")
 
 
+def vicuna(size: str) -> ConfigDict:
+    """The `model.text` section of Vicuna v1.5: "7b" or "13b"."""
+    sizes = {
+        "7b": TextConfig(),
+        "13b": TextConfig(
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=40,
+        ),
+    }
+    _one_of("The recipe's size", size, tuple(sizes))
+    return to_config_dict(sizes[size])
+
+
 def to_config_dict(config) -> ConfigDict:
     """A dataclass of this module as a `ConfigDict` with the same keys."""
     fields = {}

@@ -128,9 +128,8 @@ def _train(stage, config, weights, pipeline, mesh, log, checkpoints, saved_step,
         state, metrics = train_step(state, frozen, place_batch(mesh, batch))
         recorder.add(step, batch, metrics, waited)
         if step % config.checkpoint.save_steps == 0 or step == num_steps:
-            recorder.check_finite()
+            recorder.flush()  # so that a run continued from here has told all before
             checkpoints.save(state, meta)
-    recorder.flush()
 
 
 class _Recorder:

@@ -16,8 +16,8 @@ from llava_jax.data.conversation import (
     tokenize,
     truncate,
 )
-from llava_jax.data.records import DataError
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llava_jax.errors import DataError
 from tests.tiny_tokenizer import pieces_of, write_tiny_tokenizer
 
 # The v1 template without its long system text.

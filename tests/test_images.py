@@ -6,7 +6,7 @@ from PIL import Image
 
 from llava_jax.data import images
 from llava_jax.data.images import load_image, preprocess
-from llava_jax.data.records import DataError
+from llava_jax.errors import DataError
 
 MEAN = (122, 116, 104)
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from llava_jax.config import DataConfig
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.records import DataError
 from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.errors import DataError
 from tests.tiny_tokenizer import pieces_of, write_tiny_tokenizer
 
 NUM_IMAGE_TOKENS = 4

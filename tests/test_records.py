@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llava_jax.data.records import DataError, ImageFolder, check_images, parse_record, read_records
+from llava_jax.data.records import ImageFolder, check_images, parse_record, read_records
+from llava_jax.errors import DataError
 
 GOOD = {
     "id": "a",

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llava_jax.data.records import DataError
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llava_jax.errors import DataError
 from tests.tiny_tokenizer import pieces_of, write_tiny_tokenizer
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llava_jax.data.records import DataError
 from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.errors import DataError
 
 IGNORE = -100  # the label of what is not learnt
 IMAGE_TOKEN = -200  # the id of one image placeholder; no tokenizer has it

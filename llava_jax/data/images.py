@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from llava_jax.data.records import DataError
+from llava_jax.errors import DataError
 
 # CLIP's normalisation of pixels in [0, 1], applied on the device.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

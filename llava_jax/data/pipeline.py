@@ -21,8 +21,9 @@ from llava_jax.data.conversation import (
     truncate,
 )
 from llava_jax.data.images import load_image, preprocess
-from llava_jax.data.records import DataError, ImageFolder, Record, check_images, raise_problems, read_records
+from llava_jax.data.records import ImageFolder, Record, check_images, raise_problems, read_records
 from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.errors import DataError
 
 _BATCHES_AHEAD = 2  # loaded while the device computes
 

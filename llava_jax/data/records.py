@@ -5,12 +5,10 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 
+from llava_jax.errors import DataError
+
 MAX_PROBLEMS_SHOWN = 5
 ROLES = ("human", "gpt")
-
-
-class DataError(ValueError):
-    """Data that the user has to change; the message names the file and the record, the reason and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

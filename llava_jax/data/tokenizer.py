@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import sentencepiece
 
-from llava_jax.data.records import DataError
+from llava_jax.errors import DataError
 
 SPACE = "\u2581"  # how sentencepiece spells a space
 # A serialized ModelProto whose normalizer_spec.add_dummy_prefix is false. Serialized messages that are

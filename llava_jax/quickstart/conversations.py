@@ -52,10 +52,13 @@ def conversation(scene: Scene, rng: random.Random) -> list[Turn]:
     is asked before several things have been mentioned.
     """
     turns = [_count(scene)] if rng.random() < 1 / 3 else []
-    for thing in rng.sample(scene.things, len(scene.things)):
-        named, asked, last = rng.sample(tuple(_ASK), 3)
-        turns += [_ask(thing, asked, named), _ask(thing, last, rng.choice((named, asked)))]
-    return turns
+    return turns + [_ask(*words) for words in _two_about_each(scene, rng)]
+
+
+def facts(scene: Scene, rng: random.Random) -> Turn:
+    """What `conversation` asks, in few words: `color ring red where ring top left`."""
+    told = (f"{asked} {_property(thing, named)} {_property(thing, asked)}" for thing, asked, named in _two_about_each(scene, rng))
+    return Turn("facts", "Read the picture.", " ".join(told))
 
 
 def one_of_each_kind(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -79,6 +82,13 @@ def small_talk(rng: random.Random) -> list[Turn]:
         (f"How many corners does a {shape} have?", _CORNERS[shape]),
     ]
     return [Turn("text", question, answer) for question, answer in rng.sample(pairs, 2)]
+
+
+def _two_about_each(scene: Scene, rng: random.Random):
+    for thing in rng.sample(scene.things, len(scene.things)):
+        named, asked, last = rng.sample(tuple(_ASK), 3)
+        yield thing, asked, named
+        yield thing, last, rng.choice((named, asked))
 
 
 def _property(thing: Thing, kind: str) -> str:

@@ -12,6 +12,7 @@ from llava_jax.quickstart.conversations import (
     Turn,
     conversation,
     description,
+    facts,
     map_caption,
     one_of_each_kind,
     small_talk,
@@ -121,6 +122,7 @@ def _write_dataset(folder: Path, arguments: dict[str, int]) -> None:
     rng = random.Random(f"{seed}/captions")
     captions = [_record(f"caption_{name}", name, [description(scene, rng)]) for name, scene in train.items()]
     towers += captions[: arguments["num_captions"]]
+    towers += [_record(f"facts_{name}", name, [facts(scene, rng)]) for name, scene in train.items()]
 
     rng = random.Random(f"{seed}/conversations")
     finetune = []

@@ -6,22 +6,21 @@ import random
 from PIL import Image, ImageDraw
 
 COLORS = {
-    "red": (225, 30, 30),
-    "green": (20, 215, 50),
-    "blue": (30, 60, 235),
-    "yellow": (240, 225, 20),
-    "white": (245, 245, 245),
-    "black": (15, 15, 15),
+    "red": (210, 30, 40),
+    "green": (30, 150, 50),
+    "blue": (40, 70, 220),
+    "orange": (235, 120, 10),
+    "purple": (140, 40, 170),
+    "gray": (85, 85, 85),
 }
-GRAY = (122, 116, 104)
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # in reading order
 
 # Lengths as shares of the picture's long side: what a tower of 16 patches can still tell apart.
-SMALLEST, LARGEST = 0.38, 0.50
+SMALLEST, LARGEST = 0.40, 0.50
 OFF_CENTER = 0.08  # from a thing's centre to the lines that part the four places
 GAP = 0.04  # between two things
-MIN_ASPECT = 0.62  # short side / long side
+MIN_ASPECT = 0.75  # short side / long side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ def random_scene(rng: random.Random) -> Scene:
     long_side = rng.randint(64, 160)
     short_side = rng.randint(max(64, round(MIN_ASPECT * long_side + 0.5)), max(64, long_side))
     width, height = (long_side, short_side) if rng.random() < 0.5 else (short_side, long_side)
-    background = tuple(value + rng.randint(-8, 8) for value in GRAY)
+    background = tuple(rng.randint(240, 254) for _ in range(3))
     number = rng.randint(1, 2)
     while True:
         things = _random_things(rng, width, height, number)
@@ -64,7 +63,7 @@ def random_scene(rng: random.Random) -> Scene:
 def random_mosaic(rng: random.Random) -> Scene:
     """A square picture with a thing in each of its quarters; colors and shapes may occur again."""
     side = rng.randint(64, 160)
-    background = tuple(value + rng.randint(-8, 8) for value in GRAY)
+    background = tuple(rng.randint(240, 254) for _ in range(3))
     things = []
     for place in PLACES:
         diameter = rng.uniform(SMALLEST, 0.46) * side
@@ -118,7 +117,7 @@ def _random_thing(rng: random.Random, width: int, height: int, color: str, shape
 def _thing(rng, width, height, color, shape, place, x, y, diameter) -> Thing:
     x = width - x if place.endswith("right") else x
     y = height - y if place.startswith("bottom") else y
-    rgb = tuple(min(255, max(0, value + rng.randint(-18, 18))) for value in COLORS[color])
+    rgb = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[color])
     return Thing(color, shape, place, rgb, x, y, diameter)
 
 

@@ -17,8 +17,9 @@ from llava_jax.data.conversation import (
     Template,
     tokenize,
 )
-from llava_jax.data.records import DataError, parse_record
+from llava_jax.data.records import parse_record
 from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.errors import DataError
 from tests.golden import Skipped
 from tests.golden.files import read_bytes
 

@@ -1,0 +1,321 @@
+"""Whole runs of tiny recipes: what trains, what is written, and that a broken run continues with the same bits."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from llava_jax import trainer
+from llava_jax.checkpoint import Checkpoints, SavedParameters, saved_steps
+from llava_jax.config import default_config, default_stage, parse
+from llava_jax.convert.opening import open_model
+from llava_jax.errors import CheckpointError, ConfigError, DataError, DivergedError
+from llava_jax.sharding import make_mesh
+from llava_jax.weights import initial_weights, open_any, open_run
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(trainer, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+def metrics(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def parameters(workdir, stage="") -> dict[str, np.ndarray]:
+    directory = workdir / "checkpoints" / stage
+    leaves = SavedParameters(directory, saved_steps(directory)[-1]).leaves()
+    return {name: leaf.read() for name, leaf in leaves.items()}
+
+
+def as_stages(recipe, shapes_dataset):
+    """The recipe's settings as two stages: projector alone on captions, then projector and decoder."""
+    config = default_config()
+    for key in default_config():
+        config[key] = recipe[key]
+    stages = {"pretrain": default_stage(), "finetune": default_stage()}
+    for stage in stages.values():
+        for section in default_stage():
+            stage[section].update(recipe[section])
+        stage.train.max_steps = 2
+    stages["pretrain"].data.path = f"{shapes_dataset}/pretrain.json"
+    stages["pretrain"].data.template = "plain"
+    stages["pretrain"].tune.language_model = False
+    for key in default_stage():
+        del config[key]
+    config.stage_order = ("pretrain", "finetune")
+    config.stages = stages
+    return config
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def run_until_saved(recipe, workdir, monkeypatch, step: int) -> None:
+    """Runs until the checkpoint of `step` is on disk, then dies."""
+
+    def save_and_die(self, state, meta):
+        original(self, state, meta)
+        if int(state.step) == step:
+            self.manager.wait_until_finished()
+            raise Killed
+
+    original = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(Killed):
+            trainer.run(recipe, workdir)
+
+
+def test_a_broken_run_continues_with_the_same_bits(tiny_recipe, tmp_path, monkeypatch):
+    tiny_recipe.checkpoint.save_steps = 2
+    tiny_recipe.optimizer.max_grad_norm = 1.0
+    recipe = parse(tiny_recipe)
+    trainer.run(recipe, tmp_path / "whole")
+    run_until_saved(recipe, tmp_path / "broken", monkeypatch, step=2)
+    assert saved_steps(tmp_path / "broken/checkpoints") == [2]
+    with (tmp_path / "broken/metrics.jsonl").open(
+        "a"
+    ) as file:  # steps logged after the checkpoint are forgotten
+        file.write(json.dumps({"step": 3, "loss": 99.0}) + "\n")
+    trainer.run(recipe, tmp_path / "broken")
+
+    whole, broken = metrics(tmp_path / "whole"), metrics(tmp_path / "broken")
+    assert [row["step"] for row in broken] == [1, 2, 3, 4]
+    for key in ("loss", "grad_norm", "learning_rate", "num_supervised_tokens"):
+        assert [row[key] for row in broken] == [row[key] for row in whole], key
+    expected = parameters(tmp_path / "whole")
+    found = parameters(tmp_path / "broken")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value), name
+
+
+def test_stage_1_trains_the_projector_alone_and_frozen_weights_stay_bit_identical(tiny_recipe, tmp_path):
+    tiny_recipe.tune.language_model = False
+    recipe = parse(tiny_recipe)
+    trainer.run(recipe, tmp_path)
+    before, after = initial_weights(recipe.first), open_run(tmp_path)
+    trained = parameters(tmp_path)
+    assert sorted(trained) == [
+        f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("bias", "kernel")
+    ]
+    for name in before.names():
+        assert np.array_equal(before.read(name), after.read(name)) == (name not in trained), name
+
+
+def test_checkpoints_and_moments_exist_only_for_what_trains(tiny_recipe, tmp_path):
+    tiny_recipe.tune.language_model = False
+    trainer.run(parse(tiny_recipe), tmp_path)
+    size = sum(value.nbytes for value in parameters(tmp_path).values())
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        stored = checkpointer.metadata(tmp_path / "checkpoints/4/state").item_metadata.tree
+    arrays = [leaf for leaf in jax.tree.leaves(stored) if leaf.shape]
+    assert sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in arrays) == 3 * size  # and two moments each
+
+
+def test_stages_follow_each_other_and_a_finished_recipe_is_not_trained_again(
+    tiny_recipe, shapes_dataset, tmp_path, monkeypatch
+):
+    recipe = parse(as_stages(tiny_recipe, shapes_dataset))
+    trainer.run(recipe, tmp_path)
+    assert [(row["stage"], row["step"]) for row in metrics(tmp_path)] == [
+        ("pretrain", 1),
+        ("pretrain", 2),
+        ("finetune", 1),
+        ("finetune", 2),
+    ]
+    first, second = parameters(tmp_path, "pretrain"), parameters(tmp_path, "finetune")
+    assert first.keys() < second.keys()
+    assert not np.array_equal(
+        first["multi_modal_projector.linear_1.kernel"], second["multi_modal_projector.linear_1.kernel"]
+    )
+    # The second stage starts where the first ended: one step at rate 0, so its loss is of the first's projector.
+    monkeypatch.setattr(trainer, "_train", None)  # a second run that trained would fail
+    trainer.run(recipe, tmp_path)
+
+
+def test_a_fresh_projector_replaces_the_trained_one(tiny_recipe, shapes_dataset, tmp_path):
+    config = as_stages(tiny_recipe, shapes_dataset)
+    config.stages["finetune"].tune.fresh_projector = True
+    config.stages["finetune"].train.max_steps = 1  # at rate 0: it ends as it began
+    trainer.run(parse(config), tmp_path)
+    name = "multi_modal_projector.linear_1.kernel"
+    start = initial_weights(parse(config).first).read(name)
+    first, second = parameters(tmp_path, "pretrain")[name], parameters(tmp_path, "finetune")[name]
+    assert np.abs(first - start).max() < 0.1 * np.abs(first - second).max()
+
+
+def test_accumulation_takes_the_same_steps_as_the_big_batch(tiny_recipe, tmp_path):
+    trainer.run(parse(tiny_recipe), tmp_path / "big")
+    tiny_recipe.train.accumulation_steps = 4
+    trainer.run(parse(tiny_recipe), tmp_path / "parts")
+    for key in ("loss", "grad_norm", "num_supervised_tokens"):
+        found, expected = ([row[key] for row in metrics(tmp_path / name)] for name in ("parts", "big"))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_sharded_run_takes_the_steps_of_one_device_and_its_checkpoint_continues_there(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    tiny_recipe.checkpoint.save_steps = 2
+    trainer.run(parse(tiny_recipe), tmp_path / "one")
+    sharded = tiny_recipe.copy_and_resolve_references()
+    sharded.mesh.update(data=2, fsdp=2, tensor=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_mesh", make_mesh)
+        run_until_saved(parse(sharded), tmp_path / "both", monkeypatch, step=2)
+    trainer.run(parse(tiny_recipe), tmp_path / "both")
+    found, expected = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("both", "one"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_remat_and_unrolling_do_not_change_the_steps(tiny_recipe, tmp_path):
+    tiny_recipe.train.max_steps = 2
+    losses = []
+    for i, (remat, unroll) in enumerate((("none", 1), ("dots", 1), ("full", 2))):
+        tiny_recipe.train.update(remat=remat, scan_unroll=unroll)
+        trainer.run(parse(tiny_recipe), tmp_path / str(i))
+        losses.append([row["loss"] for row in metrics(tmp_path / str(i))])
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-5)
+
+
+def test_a_run_writes_its_files_evaluates_and_exports(tiny_recipe, shapes_dataset, tmp_path):
+    tiny_recipe.evaluate.update(
+        path=f"{shapes_dataset}/questions_test.jsonl",
+        image_folder=f"{shapes_dataset}/images",
+        batch_size=10,
+        max_new_tokens=3,
+        blind=True,
+    )
+    tiny_recipe.export.layout = "llava-hf"
+    trainer.run(parse(tiny_recipe), tmp_path)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert {
+        "train_loss",
+        "steps",
+        "eval_accuracy",
+        "eval_accuracy_blind",
+        "eval_accuracy_color",
+    } <= results.keys()
+    assert results["eval_samples"] == 24
+    for name in (
+        "config.json",
+        "training_loss.png",
+        "samples.png",
+        "README.md",
+        "train_results.json",
+        "eval_results.json",
+    ):
+        assert (tmp_path / name).stat().st_size > 0, name
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in predictions[:1]] == ["test_00000_color"]
+    assert {"prediction", "blind_prediction", "answer"} <= predictions[0].keys()
+    exported, trained = open_model(tmp_path / "export"), open_any(str(tmp_path))
+    assert exported.layout == "llava-hf"
+    for name in trained.names():
+        assert np.array_equal(exported.read(name), trained.read(name)), name
+
+
+def test_a_run_starts_from_another_run_and_from_its_projector(tiny_recipe, tmp_path):
+    trainer.run(parse(tiny_recipe), tmp_path / "first")
+    tiny_recipe.init.projector = str(tmp_path / "first")
+    only_projector = initial_weights(parse(tiny_recipe).first)
+    tiny_recipe.init.update(projector="", model=str(tmp_path / "first"), tokenizer="")
+    whole = initial_weights(parse(tiny_recipe).first)
+    trained = parameters(tmp_path / "first")
+    for name, value in trained.items():
+        assert np.array_equal(whole.read(name), value)
+        assert np.array_equal(only_projector.read(name), value) == name.startswith("multi_modal_projector")
+    assert whole.tokenizer_path.endswith("tokenizer.model")
+
+
+def test_settings_of_a_run_with_checkpoints_cannot_change(tiny_recipe, tmp_path):
+    trainer.run(parse(tiny_recipe), tmp_path)
+    tiny_recipe.train.log_steps = 2  # changes nothing that is trained
+    trainer.run(parse(tiny_recipe), tmp_path)
+    tiny_recipe.optimizer.learning_rate = 0.5
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate=0.5 \(was 0.001\)"):
+        trainer.run(parse(tiny_recipe), tmp_path)
+
+
+def test_changed_data_is_not_mixed_into_a_run(tiny_recipe, tmp_path, monkeypatch):
+    records = json.loads(Path(tiny_recipe.data.path).read_text())
+    tiny_recipe.data.path = str(tmp_path / "records.json")
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    tiny_recipe.checkpoint.save_steps = 2
+    run_until_saved(parse(tiny_recipe), tmp_path / "run", monkeypatch, step=2)
+    (tmp_path / "records.json").write_text(json.dumps(records[1:]))
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_is_named(tiny_recipe, tmp_path):
+    trainer.run(parse(tiny_recipe), tmp_path)
+    (tmp_path / "checkpoints/4/state/manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoints/4 cannot be read"):
+        open_run(tmp_path).read("language_model.norm.scale")
+
+
+def test_a_foreign_directory_is_not_written_into(tiny_recipe, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds files but no run"):
+        trainer.run(parse(tiny_recipe), tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tiny_recipe, tmp_path):
+    tiny_recipe.optimizer.update(learning_rate=1e38, warmup_ratio=0.0)
+    with pytest.raises(DivergedError, match=r"lower optimizer\.learning_rate"):
+        trainer.run(parse(tiny_recipe), tmp_path)
+    assert saved_steps(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data.path": "/nowhere.json"}, DataError, "'/nowhere.json': cannot be read"),
+        ({"data.image_folder": "/nowhere"}, DataError, r"is not in image_folder '/nowhere'"),
+        ({"data.max_length": 64, "data.too_long": "error"}, DataError, "exceed data.max_length=64"),
+        ({"init.tokenizer": ""}, ConfigError, "set init.tokenizer"),
+        ({"init.tokenizer": "/nowhere"}, DataError, "holds no tokenizer.model"),
+        ({"init.model": "/nowhere"}, CheckpointError, "/nowhere does not exist"),
+        ({"model.text.vocab_size": 500}, ConfigError, "has 512 tokens, the model's embedding only"),
+        ({"evaluate.path": "/nowhere.jsonl"}, DataError, "check evaluate.path"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    tiny_recipe, tmp_path, changes, error, message
+):
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = tiny_recipe
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    with pytest.raises(error, match=message):
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_cannot_be_spread_evenly_are_refused(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "make_mesh", make_mesh)
+    tiny_recipe.mesh.fsdp = 8
+    tiny_recipe.data.batch_size = 12
+    with pytest.raises(ConfigError, match="12 rows cannot be spread evenly over the mesh's 8 row shards"):
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_architecture_names_the_keys(tiny_recipe, tmp_path):
+    trainer.run(parse(tiny_recipe), tmp_path / "first")
+    tiny_recipe.init.model = str(tmp_path / "first")
+    tiny_recipe.model.text.num_hidden_layers = 3
+    with pytest.raises(
+        ConfigError, match=r"num_hidden_layers=2 \(config: 3\).*--config.model.text.num_hidden_layers=2"
+    ):
+        trainer.run(parse(tiny_recipe), tmp_path / "second")
