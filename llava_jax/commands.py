@@ -22,11 +22,18 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         if "--debug" in argv:
             raise
-        message = " ".join(str(error.args[0] if error.args else error).split())
-        _fail(f"{message} (--help lists the flags.)", 10)
+        _fail(f"{_summary(error)} (--help lists the flags.)", 10)
     if len(rest) > 1:
         _fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 10)
     return rest
+
+
+def _summary(error: Exception) -> str:
+    """What went wrong in one line. For a recipe that raised, ml_collections gives its traceback: take the end."""
+    message = str(error.args[0] if error.args else error)
+    if "Traceback (most recent call last)" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
 
 
 def _end_with_errors(main: Callable[[], None]) -> None:

@@ -20,9 +20,12 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    from llava_jax.config import parse
+    from llava_jax.config import ConfigError, parse
 
-    recipe = parse(CONFIG.value)
+    try:
+        recipe = parse(CONFIG.value)
+    except OSError as error:  # ml_collections reports a file that it could not load when the value is first used
+        raise ConfigError(f"The recipe cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
     workdir = Path(WORKDIR.value or f"runs/{recipe.name}")
     stages = " -> ".join(name for name in recipe.stages if name) or "one stage"
     print(f"llava_jax: recipe {recipe.name} ({stages}), run directory {workdir}", flush=True)

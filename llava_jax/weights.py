@@ -26,6 +26,10 @@ def initial_weights(config: Config) -> ModelSource:
     its tensors are not those of a model.
     """
     init, model = config.init, config.model
+    for key in ("model", "vision_tower", "language_model", "projector"):
+        path = getattr(init, key)
+        if path and not Path(path).exists():
+            raise ConfigError(f"init.{key}={path} does not exist; set --config.init.{key} to where it lies.")
     if init.model:
         source = open_any(init.model)
     else:

@@ -22,9 +22,9 @@ class Turn(NamedTuple):
     answer: str
 
 
-def caption(scene: Scene) -> str:
+def caption(scene: Scene, rng) -> str:
     """All that is drawn: `a red ring at the top left and a blue square at the bottom right`."""
-    return " and ".join(f"a {thing.color} {thing.shape} at the {thing.place}" for thing in scene.things)
+    return " and ".join(f"a {thing.color} {thing.shape} at the {thing.place}" for thing in rng.sample(scene.things, len(scene.things)))
 
 
 def map_caption(scene: Scene, cells: int) -> str:
@@ -41,7 +41,7 @@ def map_caption(scene: Scene, cells: int) -> str:
 
 def description(scene: Scene, rng: random.Random) -> Turn:
     """The caption as the answer to a short request."""
-    return Turn("caption", rng.choice(_DESCRIBE), caption(scene))
+    return Turn("caption", rng.choice(_DESCRIBE), caption(scene, rng))
 
 
 def conversation(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -57,7 +57,7 @@ def conversation(scene: Scene, rng: random.Random) -> list[Turn]:
 
 def facts(scene: Scene, rng: random.Random) -> Turn:
     """What `conversation` asks, in few words: `color ring red where ring top left`."""
-    told = (f"{asked} {_property(thing, named)} {_property(thing, asked)}" for thing, asked, named in _two_about_each(scene, rng))
+    told = [_property(thing, kind) for thing in rng.sample(scene.things, len(scene.things)) for kind in rng.sample(tuple(_ASK), 3)]
     return Turn("facts", "Read the picture.", " ".join(told))
 
 

@@ -65,10 +65,10 @@ def random_mosaic(rng: random.Random) -> Scene:
     side = rng.randint(64, 160)
     background = tuple(rng.randint(240, 254) for _ in range(3))
     things = []
-    for place in PLACES:
+    for color, shape, place in zip(rng.choices(tuple(COLORS), k=4), rng.choices(SHAPES, k=4), PLACES, strict=True):
         diameter = rng.uniform(SMALLEST, 0.46) * side
         x, y = (rng.uniform(diameter, side / 2 * (1 - GAP)) - diameter / 2 for _ in range(2))
-        things.append(_thing(rng, side, side, rng.choice(tuple(COLORS)), rng.choice(SHAPES), place, x, y, diameter))
+        things.append(_thing(rng, side, side, color, shape, place, x, y, diameter))
     return Scene(side, side, background, tuple(things))
 
 

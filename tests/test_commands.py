@@ -1,0 +1,141 @@
+"""The commands as a user runs them, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, shapes_dataset) -> Path:
+    """A recipe file: the quickstart's models on the small dataset, a few steps per stage."""
+    path = tmp_path_factory.mktemp("configs") / "small.py"
+    path.write_text(f"""
+import importlib.util
+
+def get_config():
+    spec = importlib.util.spec_from_file_location("quickstart", {str(ROOT / "configs/quickstart.py")!r})
+    quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quickstart)
+    quickstart.DATASET = {shapes_dataset!r}
+    config = quickstart.get_config()
+    config.prepare = print
+    for name in config.stage_order:
+        config.stages[name].train.update(max_steps=2, log_steps=1)
+        config.stages[name].data.batch_size = 8
+    return config
+""")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, recipe) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    result = run("llava_jax.train", f"--config={recipe}", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("llava_jax: recipe quickstart (towers -> pretrain -> finetune), run directory")
+    assert any(line.startswith("finetune step 2/2  loss ") and " ETA " in line for line in lines)
+    return workdir
+
+
+def test_the_quickstart_trains_evaluates_and_exports(finished_run):
+    results = json.loads((finished_run / "all_results.json").read_text())
+    assert {"eval_accuracy", "eval_accuracy_blind", "eval_accuracy_shape", "stages"} <= results.keys()
+    assert (finished_run / "export/model.safetensors").exists()
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        (stage, step) for stage in ("towers", "pretrain", "finetune") for step in (1, 2)
+    ]
+
+
+def test_the_same_command_again_has_nothing_left_to_train(finished_run, recipe):
+    result = run("llava_jax.train", f"--config={recipe}", f"--workdir={finished_run}", "--config.export.layout=")
+    assert result.returncode == 0, result.stderr
+    assert " step " not in result.stdout
+
+
+@pytest.mark.parametrize("model", ["", "export"])
+def test_generate_answers_from_a_run_and_from_its_export(finished_run, shapes_dataset, model):
+    image = f"{shapes_dataset}/images/test_00000.jpg"
+    image = image if os.path.exists(image) else image.replace(".jpg", ".png")
+    result = run(
+        "llava_jax.generate",
+        f"--model={finished_run / model}",
+        f"--image={image}",
+        "--prompt=What color is the ring?",
+        "--max_new_tokens=4",
+        "--dtype=float32",
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) >= 2
+
+
+def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
+    result = run(
+        "llava_jax.evaluate",
+        f"--model={finished_run}",
+        f"--questions={shapes_dataset}/questions_test.jsonl",
+        f"--image_folder={shapes_dataset}/images",
+        "--max_new_tokens=8",
+        "--dtype=float32",
+        "--batch_size=24",
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout[result.stdout.index("{") :])
+    expected = json.loads((finished_run / "eval_results.json").read_text())
+    assert found["eval_accuracy"] == expected["eval_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--config.stages.finetune.optimizer.learning_rte=1"], 10, "learning_rate"),
+        (["--config.sed=1"], 10, "seed"),
+        (["--config.stages.finetune.optimizer.learning_rate=fast"], 10, "fast"),
+        (["--confg=x"], 10, "config"),
+        (["--config.stages.finetune.data.template=v9"], 11, "data.template='v9' is not known"),
+        (["extra"], 10, "Unexpected argument 'extra'"),
+        (["--config.init.model=/nowhere"], 10, "init.model=/nowhere does not exist"),
+        (["--workdir=/proc/run"], 12, "/proc/run cannot be written"),
+    ],
+)
+def test_mistakes_end_in_one_paragraph_and_a_code(recipe, tmp_path, arguments, code, message):
+    result = run("llava_jax.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False), result.stderr
+    error = result.stderr[result.stderr.index("error: ") :]
+    assert message in error
+    assert len(error.strip().splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("nothing.py", "No such file or directory: 'configs/nothing.py'"),
+        ("llava15_pretrain.py:70b", "'70b' is not one of '7b', '13b'. Did you mean '7b'?"),
+        ("llava15_pretrain.py:7b", "checkpoints/clip-vit-large-patch14-336 does not exist; set --config.init."),
+    ],
+)
+def test_recipes_that_cannot_be_loaded_are_named(tmp_path, recipe, message):
+    result = run("llava_jax.train", f"--config=configs/{recipe}", f"--workdir={tmp_path}")
+    assert result.returncode == 10
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
+def test_help_lists_the_flags(command):
+    result = run(f"llava_jax.{command}", "--help")
+    assert ("--workdir" if command == "train" else "--model") in result.stdout
+    assert "Traceback" not in result.stderr

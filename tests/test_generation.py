@@ -1,0 +1,154 @@
+"""Generation against Hugging Face's, batches against single rows, and sampling's limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from llava_jax.config import ConfigError, EvaluateConfig, MeshConfig
+from llava_jax.convert.opening import open_model
+from llava_jax.convert.source import ModelSource
+from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.errors import DataError
+from llava_jax.evaluation import evaluate, read_questions
+from llava_jax.generation import Generator, _sample, continue_prompts, left_pad
+from llava_jax.models.llava import IMAGE_TOKEN
+from llava_jax.sharding import make_mesh
+from llava_jax.step import abstract_model
+from llava_jax.weights import complete
+from tests.test_models import HF_IMAGE_TOKEN, llama, make_hf_model
+
+NO_END = -1  # no token ends a row, so that all new tokens are compared
+
+
+def continue_greedily(source, prompts, images, num_tokens=8, eos_id=NO_END):
+    config = source.config
+    graphdef, _ = abstract_model(config)
+    parameters = {name: jnp.asarray(source.read(name)) for name in source.names()}
+    expanded = [p.repeat(np.where(p == IMAGE_TOKEN, config.num_image_tokens, 1)) for p in prompts]
+    batch = left_pad(expanded, images, config.vision.image_size)
+    how = dict(graphdef=graphdef, max_new_tokens=num_tokens, eos_id=eos_id, sample=False)
+    return np.asarray(continue_prompts(parameters, batch, jax.random.key(0), 0.0, 1.0, **how))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny HF model and the same model opened by us."""
+    hf = make_hf_model(llama())
+    path = tmp_path_factory.mktemp("model")
+    hf.save_pretrained(path)
+    return hf, open_model(path)
+
+
+def make_prompts():
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, HF_IMAGE_TOKEN, n) for n in (5, 9, 7)]
+    prompts[0][1] = prompts[1][0] = prompts[1][6] = IMAGE_TOKEN
+    images = [list(rng.normal(size=(n, 28, 28, 3)).astype(np.float32)) for n in (1, 2, 0)]
+    return prompts, images
+
+
+def test_greedy_tokens_equal_hugging_face(model):
+    hf, source = model
+    prompts, images = make_prompts()
+    for prompt, its_images in zip(prompts, images, strict=True):
+        ids = prompt.repeat(np.where(prompt == IMAGE_TOKEN, source.config.num_image_tokens, 1))
+        ids = torch.tensor(np.where(ids == IMAGE_TOKEN, HF_IMAGE_TOKEN, ids))[None]
+        pixels = torch.tensor(np.stack(its_images).transpose(0, 3, 1, 2)) if its_images else None
+        expected = []
+        for _ in range(8):  # without a cache, and over our vocabulary only
+            with torch.no_grad():
+                logits = hf(input_ids=ids, pixel_values=pixels).logits[0, -1, : source.config.text.vocab_size]
+            expected.append(int(logits.argmax()))
+            ids = torch.cat([ids, torch.tensor([[expected[-1]]])], dim=1)
+        assert continue_greedily(source, [prompt], [its_images])[0].tolist() == expected
+
+
+def test_a_batch_continues_like_its_rows_alone(model):
+    prompts, images = make_prompts()
+    together = continue_greedily(model[1], prompts, images)
+    for row, prompt in enumerate(prompts):
+        assert together[row].tolist() == continue_greedily(model[1], [prompt], [images[row]])[0].tolist()
+
+
+def test_a_row_that_has_ended_stays_ended(model):
+    prompts, images = make_prompts()
+    free = continue_greedily(model[1], prompts, images)
+    eos_id = int(free[0, 3])
+    ended = continue_greedily(model[1], prompts, images, eos_id=eos_id)
+    for row, tokens in zip(free.tolist(), ended.tolist(), strict=True):
+        end = row.index(eos_id) if eos_id in row else len(row)
+        assert tokens == row[:end] + [eos_id] * (len(row) - end)
+
+
+def test_sampling_draws_from_the_smallest_set_of_the_asked_probability():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
+    draws = np.asarray(_sample(logits, jax.random.key(0), 1.0, 0.7))
+    assert set(draws.tolist()) == {0, 1}  # 0.5 does not reach 0.7, 0.8 does
+    assert abs((draws == 0).mean() - 0.5 / 0.8) < 0.03
+    assert set(np.asarray(_sample(logits, jax.random.key(0), 1.0, 1.0)).tolist()) == {0, 1, 2, 3}
+    cold = np.asarray(_sample(logits, jax.random.key(0), 0.05, 1.0))
+    assert (cold == 0).mean() > 0.99
+
+
+@pytest.fixture
+def generator(tiny_config):
+    source = complete(ModelSource("parts", tiny_config.model, {}), seed=0)
+    tokenizer = load_tokenizer(tiny_config.init.tokenizer)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    return Generator(source, tokenizer, mesh, template="v1", dtype="float32")
+
+
+def test_prompts_that_leave_no_room_are_refused(generator):
+    with pytest.raises(ConfigError, match="more than the model's 256 positions"):
+        generator.answer(["What is this?"], [[]], max_new_tokens=250)
+
+
+def test_every_question_is_answered_once_and_scored_per_kind(generator, shapes_dataset):
+    config = EvaluateConfig(
+        path=f"{shapes_dataset}/questions_test.jsonl",
+        image_folder=f"{shapes_dataset}/images",
+        batch_size=7,  # 24 questions: the last batch is filled up
+        max_new_tokens=2,
+        blind=True,
+    )
+    generator.answer = lambda questions, images, **how: [
+        "red" if images[i][0].mean() > 0 else "?" for i in range(len(questions))
+    ]
+    results, answered = evaluate(generator, config)
+    assert len(answered) == results["eval_samples"] == 24
+    expected = np.mean([row["answer"] == "red" for row in answered])
+    assert results["eval_accuracy"] == results["eval_accuracy_blind"] == expected
+    colors = [row["answer"] == "red" for row in answered if row["kind"] == "color"]
+    assert results["eval_accuracy_color"] == np.mean(colors)
+
+
+def test_blind_questions_see_another_picture(generator, shapes_dataset):
+    config = EvaluateConfig(
+        path=f"{shapes_dataset}/questions_test.jsonl",
+        image_folder=f"{shapes_dataset}/images",
+        batch_size=24,
+        max_new_tokens=2,
+        blind=True,
+    )
+    shown = []
+    generator.answer = lambda questions, images, **how: shown.append(images) or [""] * len(questions)
+    evaluate(generator, config)
+    seeing, blind = shown
+    assert not any(np.array_equal(a[0], b[0]) for a, b in zip(seeing, blind, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question_id": "1"', r"q.jsonl:1:20: broken JSON"),
+        ('\n{"question_id": "1", "image": "a.png", "text": "?"}', "q.jsonl:2: a question needs text under answer, kind"),
+        ("[1]", "a question needs text under question_id"),
+        ("", "there is no question"),
+    ],
+)
+def test_broken_questions_are_named(tmp_path, content, message):
+    (tmp_path / "q.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_questions(str(tmp_path / "q.jsonl"))
