@@ -12,7 +12,7 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 def run_command(main: Callable[[], None]) -> None:
     """Parses the flags and calls main(); a user's mistake becomes one paragraph and its exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout
     app.run(lambda _: _end_with_errors(main), flags_parser=_parse_flags)
 
 

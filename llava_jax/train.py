@@ -24,8 +24,12 @@ def main() -> None:
 
     try:
         recipe = parse(CONFIG.value)
-    except OSError as error:  # ml_collections reports a file that it could not load when the value is first used
-        raise ConfigError(f"The recipe cannot be loaded: {str(error).strip().splitlines()[-1].strip()}") from error
+    except (
+        OSError
+    ) as error:  # ml_collections reports a file that it could not load when the value is first used
+        raise ConfigError(
+            f"The recipe cannot be loaded: {str(error).strip().splitlines()[-1].strip()}"
+        ) from error
     workdir = Path(WORKDIR.value or f"runs/{recipe.name}")
     stages = " -> ".join(name for name in recipe.stages if name) or "one stage"
     print(f"llava_jax: recipe {recipe.name} ({stages}), run directory {workdir}", flush=True)

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.config import ConfigError, MeshConfig, ModelConfig, TextConfig, VisionConfig
+from llava_jax.config import (
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+    from_json,
+    vicuna,
+)
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.optimizer import is_trainable, make_optimizer
@@ -116,3 +125,31 @@ def test_one_axis_of_the_mesh_takes_what_is_left():
 def test_meshes_that_cannot_be_are_refused(sizes, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(MeshConfig(*sizes))
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_real_steps_lower_for_eight_devices(size):
+    text = from_json(TextConfig, vicuna(size).to_dict())
+    config = Config(model=ModelConfig(text=text))
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    graphdef, shapes = abstract_model(config.model, **model_settings(config, constrain_rows(mesh)))
+
+    def struct(leaf, dtype, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    place = {name: parameter_sharding(mesh, name, leaf.shape) for name, leaf in shapes.items()}
+    trained = {n: struct(v, jnp.float32, place[n]) for n, v in shapes.items() if is_trainable(n, config.tune)}
+    frozen = {n: struct(v, jnp.bfloat16, place[n]) for n, v in shapes.items() if n not in trained}
+    optimizer = make_optimizer(config.optimizer, 10)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained))
+    rows = {
+        key: jax.ShapeDtypeStruct((1, 8, 2048), jnp.int32)
+        for key in ("tokens", "labels", "positions", "segment_ids")
+    }
+    batch = rows | {"images": jax.ShapeDtypeStruct((1, 8, 1, 336, 336, 3), jnp.uint8)}
+    lowered = jax.jit(make_train_step(graphdef, optimizer, config.loss)).lower(state, frozen, batch)
+    new_state, metrics = lowered.out_info
+    assert jax.tree.map(lambda leaf: leaf.shape, new_state.trainable) == {
+        n: v.shape for n, v in trained.items()
+    }
+    assert metrics["loss"].dtype == jnp.float32

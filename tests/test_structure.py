@@ -38,7 +38,7 @@ FLOORS = (
     ("convert", "step", "quickstart"),
     ("checkpoint",),
     ("weights",),
-    ("generation", "report"),
+    ("generation", "report", "stage"),
     ("evaluation",),
     ("trainer",),
     COMMANDS,

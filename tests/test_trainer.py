@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from llava_jax import stage as stage_module
 from llava_jax import trainer
 from llava_jax.checkpoint import Checkpoints, SavedParameters, saved_steps
 from llava_jax.config import default_config, default_stage, parse
@@ -117,7 +118,9 @@ def test_checkpoints_and_moments_exist_only_for_what_trains(tiny_recipe, tmp_pat
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(tmp_path / "checkpoints/4/state").item_metadata.tree
     arrays = [leaf for leaf in jax.tree.leaves(stored) if leaf.shape]
-    assert sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in arrays) == 3 * size  # and two moments each
+    assert (
+        sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in arrays) == 3 * size
+    )  # and two moments each
 
 
 def test_stages_follow_each_other_and_a_finished_recipe_is_not_trained_again(
@@ -137,7 +140,7 @@ def test_stages_follow_each_other_and_a_finished_recipe_is_not_trained_again(
         first["multi_modal_projector.linear_1.kernel"], second["multi_modal_projector.linear_1.kernel"]
     )
     # The second stage starts where the first ended: one step at rate 0, so its loss is of the first's projector.
-    monkeypatch.setattr(trainer, "_train", None)  # a second run that trained would fail
+    monkeypatch.setattr(stage_module, "_train", None)  # a second run that trained would fail
     trainer.run(recipe, tmp_path)
 
 

@@ -122,7 +122,7 @@ def _write_dataset(folder: Path, arguments: dict[str, int]) -> None:
     rng = random.Random(f"{seed}/captions")
     captions = [_record(f"caption_{name}", name, [description(scene, rng)]) for name, scene in train.items()]
     towers += captions[: arguments["num_captions"]]
-    towers += [_record(f"facts_{name}", name, [facts(scene, rng)]) for name, scene in train.items()]
+    towers = towers[:4000]+captions[:3000]+[_record(f"facts_{name}", name, [facts(scene, rng)]) for name, scene in [*mosaics.items()] + [*train.items()][3000:]]
 
     rng = random.Random(f"{seed}/conversations")
     finetune = []

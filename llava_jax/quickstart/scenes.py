@@ -16,11 +16,8 @@ COLORS = {
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")  # in reading order
 
-# Lengths as shares of the picture's long side: what a tower of 16 patches can still tell apart.
-SMALLEST, LARGEST = 0.40, 0.50
-OFF_CENTER = 0.08  # from a thing's centre to the lines that part the four places
-GAP = 0.04  # between two things
-MIN_ASPECT = 0.75  # short side / long side
+SMALLEST, LARGEST = 0.38, 0.46  # side of the box around a thing, as a share of the picture's short side
+MIN_ASPECT = 0.8  # short side / long side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,29 +44,33 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Draws size, background and one or two things; one and two are equally likely."""
-    long_side = rng.randint(64, 160)
-    short_side = rng.randint(max(64, round(MIN_ASPECT * long_side + 0.5)), max(64, long_side))
-    width, height = (long_side, short_side) if rng.random() < 0.5 else (short_side, long_side)
-    background = tuple(rng.randint(240, 254) for _ in range(3))
+    """One or two things, equally likely, on a picture of random size."""
     number = rng.randint(1, 2)
-    while True:
-        things = _random_things(rng, width, height, number)
-        if number == 1 or _apart(*things, gap=GAP * long_side):
-            things.sort(key=lambda thing: PLACES.index(thing.place))
-            return Scene(width, height, background, tuple(things))
+    words = (rng.sample(choices, number) for choices in (tuple(COLORS), SHAPES, PLACES))
+    return _place(rng, list(zip(*words, strict=True)))
 
 
 def random_mosaic(rng: random.Random) -> Scene:
-    """A square picture with a thing in each of its quarters; colors and shapes may occur again."""
-    side = rng.randint(64, 160)
+    """A thing at each place; colors and shapes may occur again."""
+    words = (rng.sample(choices, len(PLACES)) for choices in (tuple(COLORS), SHAPES))
+    return _place(rng, list(zip(*words, PLACES, strict=True)))
+
+
+def _place(rng: random.Random, words: list[tuple[str, str, str]]) -> Scene:
+    long_side = rng.randint(80, 160)
+    short_side = rng.randint(round(MIN_ASPECT * long_side + 0.5), long_side)
+    width, height = (long_side, short_side) if rng.random() < 0.5 else (short_side, long_side)
     background = tuple(rng.randint(240, 254) for _ in range(3))
     things = []
-    for color, shape, place in zip(rng.choices(tuple(COLORS), k=4), rng.choices(SHAPES, k=4), PLACES, strict=True):
-        diameter = rng.uniform(SMALLEST, 0.46) * side
-        x, y = (rng.uniform(diameter, side / 2 * (1 - GAP)) - diameter / 2 for _ in range(2))
-        things.append(_thing(rng, side, side, color, shape, place, x, y, diameter))
-    return Scene(side, side, background, tuple(things))
+    for color, shape, place in sorted(words, key=lambda word: PLACES.index(word[2])):
+        diameter = rng.uniform(SMALLEST, LARGEST) * short_side
+        x = rng.uniform(diameter / 2 + 1, width / 2 - diameter / 2 - 1)
+        y = rng.uniform(diameter / 2 + 1, height / 2 - diameter / 2 - 1)
+        x = width - x if place.endswith("right") else x
+        y = height - y if place.startswith("bottom") else y
+        rgb = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[color])
+        things.append(Thing(color, shape, place, rgb, x, y, diameter))
+    return Scene(width, height, background, tuple(things))
 
 
 def paint(scene: Scene) -> Image.Image:
@@ -98,31 +99,6 @@ def grid(scene: Scene, cells: int) -> list[Thing | None]:
             if covered > most[cell]:
                 shown[cell], most[cell] = thing, covered
     return shown
-
-
-def _random_things(rng: random.Random, width: int, height: int, number: int) -> list[Thing]:
-    colors, shapes, places = (rng.sample(words, number) for words in (tuple(COLORS), SHAPES, PLACES))
-    return [_random_thing(rng, width, height, *words) for words in zip(colors, shapes, places, strict=True)]
-
-
-def _random_thing(rng: random.Random, width: int, height: int, color: str, shape: str, place: str) -> Thing:
-    long_side, short_side = max(width, height), min(width, height)
-    largest = min(LARGEST * long_side, short_side - 2 * OFF_CENTER * long_side)  # fits beside the middle line
-    diameter = rng.uniform(SMALLEST * long_side, largest)
-    x = rng.uniform(diameter / 2, width / 2 - OFF_CENTER * long_side)
-    y = rng.uniform(diameter / 2, height / 2 - OFF_CENTER * long_side)
-    return _thing(rng, width, height, color, shape, place, x, y, diameter)
-
-
-def _thing(rng, width, height, color, shape, place, x, y, diameter) -> Thing:
-    x = width - x if place.endswith("right") else x
-    y = height - y if place.startswith("bottom") else y
-    rgb = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[color])
-    return Thing(color, shape, place, rgb, x, y, diameter)
-
-
-def _apart(a: Thing, b: Thing, *, gap: float) -> bool:
-    return max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.diameter + b.diameter) / 2 + gap
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill: int | tuple[int, int, int]) -> None:
