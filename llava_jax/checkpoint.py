@@ -1,6 +1,7 @@
 """Training state on disk: an orbax checkpoint of what trains, and the facts that a resume must agree with."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -16,8 +17,8 @@ from llava_jax.step import TrainState
 class Checkpoints:
     """The checkpoints of one stage, one numbered directory per saved step. Saving is asynchronous.
 
-    Beside the state lies `meta`: plain JSON with the stage's config, the dataset's fingerprint and the data
-    position, which is the step itself.
+    Beside the state lies `meta`, plain JSON: the step, which is also the data position, the dataset's
+    fingerprint and the checksums of the frozen parameters.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig):
@@ -67,12 +68,14 @@ class SavedParameters:
     """The trained parameters in one checkpoint, read one at a time into host memory."""
 
     def __init__(self, directory: Path, step: int):
-        self.path = directory.absolute() / str(step) / "state"
+        self.path = directory.absolute() / str(step)
         self.checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
-            self.metadata = self.checkpointer.metadata(self.path).item_metadata.tree["trainable"]
+            self.metadata = self.checkpointer.metadata(self.path / "state").item_metadata.tree["trainable"]
+            meta = json.loads((self.path / "meta/metadata").read_text())
         except Exception as error:
-            raise _unreadable(self.path.parent, error) from error
+            raise _unreadable(self.path, error) from error
+        self.frozen: dict[str, int] = meta["frozen"]  # checksums of the other parameters, by name
 
     def leaves(self) -> dict[str, Leaf]:
         return {
@@ -86,9 +89,9 @@ class SavedParameters:
         restore_args = {"trainable": {name: ocp.RestoreArgs(restore_type=np.ndarray)}}
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
         try:
-            return self.checkpointer.restore(self.path, args=args)["trainable"][name]
+            return self.checkpointer.restore(self.path / "state", args=args)["trainable"][name]
         except Exception as error:
-            raise _unreadable(self.path.parent, error) from error
+            raise _unreadable(self.path, error) from error
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -104,5 +107,5 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return CheckpointError(
         f"The checkpoint {path} cannot be read: {reason[0][:300]} "
-        "Delete that directory to continue from the one before it, or choose another --workdir."
+        "Delete that directory to continue from the one before it, or from the start if there is none."
     )

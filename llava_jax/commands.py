@@ -1,5 +1,6 @@
 """What all commands share: how errors end them, and their first line before anything heavy is imported."""
 
+import ast
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ def _summary(error: Exception) -> str:
     message = str(error.args[0] if error.args else error)
     if "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
+    if message[:1] in "'\"":  # a quoted message with its line ends spelled out
+        message = ast.literal_eval(message)
     return " ".join(message.split())
 
 
@@ -45,8 +48,15 @@ def _end_with_errors(main: Callable[[], None]) -> None:
         if DEBUG.value:
             raise
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        if DEBUG.value:
+            raise
+        _fail(f"{error}. Nothing that was saved before is lost; mend it and run the same command again.", 12)
     except KeyboardInterrupt:
-        _fail("Interrupted; the same command continues from the last checkpoint.", 130)
+        print(
+            "Interrupted; the same command continues from the last checkpoint.", file=sys.stderr, flush=True
+        )
+        os._exit(130)  # threads that still read ahead could crash an orderly end
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -6,12 +6,15 @@ validated `Config` per training stage. Nothing else in the project reads a `Conf
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from llava_jax.errors import ConfigError
 
@@ -19,6 +22,12 @@ from llava_jax.errors import ConfigError
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _positive(section: str, config, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _require(value > 0 and math.isfinite(value), f"{section}.{key}={value} must be a positive number.")
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -43,6 +52,9 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
+        _positive(
+            "vision", self, *(field.name for field in dataclasses.fields(self) if field.name != "hidden_act")
+        )
         _one_of("vision.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
         _require(
             self.hidden_size % self.num_attention_heads == 0,
@@ -75,6 +87,8 @@ class RopeScaling:
 
     def __post_init__(self):
         _one_of("text.rope_scaling.rope_type", self.rope_type, ("default", "linear", "llama3"))
+        numbers = (field.name for field in dataclasses.fields(self) if field.name != "rope_type")
+        _positive("text.rope_scaling", self, *numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +110,8 @@ class TextConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
+        numbers = (field.name for field in dataclasses.fields(self) if field.type in (int, float))
+        _positive("text", self, *numbers)
         _one_of("text.attention_bias", self.attention_bias, ("none", "qkv", "qkvo"))
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
@@ -140,9 +156,9 @@ class ModelConfig:
             return 0
         if name == "linear":
             return 1
-        digits = name.removeprefix("mlp").removesuffix("x_gelu")
-        if name == f"mlp{digits}x_gelu" and digits.isdigit() and int(digits) > 0:
-            return int(digits)
+        layers = re.fullmatch(r"mlp([1-9][0-9]*)x_gelu", name)
+        if layers:
+            return int(layers[1])
         raise ConfigError(
             f"model.projector_type={name!r} is not one of 'linear', 'identity', 'mlp2x_gelu' "
             "(or another number of layers in place of 2)."
@@ -232,7 +248,18 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
-        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive.")
+        for key in ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "epsilon"):
+            if getattr(self, key) is not None:
+                _positive("optimizer", self, key)
+        for key in ("beta1", "beta2"):
+            _require(
+                0 <= getattr(self, key) < 1,
+                f"optimizer.{key}={getattr(self, key)} must lie in 0 to 1, 1 excluded.",
+            )
+        _require(
+            0 <= self.weight_decay < math.inf,
+            f"optimizer.weight_decay={self.weight_decay} must not be negative.",
+        )
         _require(
             0 <= self.warmup_ratio <= 1,
             f"optimizer.warmup_ratio={self.warmup_ratio} is a share of the run: 0 to 1.",
@@ -272,7 +299,7 @@ class TrainConfig:
         for key in ("dtype", "frozen_dtype"):
             _one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
         _one_of("train.remat", self.remat, ("none", "dots", "full"))
-        _require(self.num_epochs > 0, f"train.num_epochs={self.num_epochs} must be positive.")
+        _positive("train", self, "num_epochs")
         _require(
             self.max_steps is None or self.max_steps > 0,
             f"train.max_steps={self.max_steps} must be positive.",
@@ -355,6 +382,7 @@ class Config:
     export: ExportConfig = ExportConfig()
 
     def __post_init__(self):
+        _require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in 0 to {2**32 - 1}.")
         rest = self.data.batch_size % self.train.accumulation_steps
         _require(
             rest == 0,
@@ -398,13 +426,26 @@ class Recipe:
         return next(reversed(self.stages.values()))
 
 
-def default_config() -> ConfigDict:
-    """The schema's defaults as a `ConfigDict`, for a recipe to change."""
-    return to_config_dict(Config())
+def default_config(*stages: str) -> ConfigDict:
+    """The schema's defaults, for a recipe to change.
+
+    With names of stages, the sections of STAGE_SECTIONS are found once per stage, under `stages.NAME`.
+    """
+    config = to_config_dict(Config())
+    if not stages:
+        return config
+    sections = {name: to_config_dict(Config()) for name in stages}
+    for key in STAGE_SECTIONS:
+        del config[key]
+    for key in config:
+        for section in sections.values():
+            del section[key]
+    config.stage_order = stages
+    config.stages = ConfigDict(sections)
+    return config
 
 
 def default_stage() -> ConfigDict:
-    """The sections that may differ between the stages of one recipe."""
     config = default_config()
     return ConfigDict({key: config[key] for key in STAGE_SECTIONS})
 
@@ -431,18 +472,22 @@ def vicuna(size: str) -> ConfigDict:
 def to_config_dict(config) -> ConfigDict:
     """A dataclass of this module as a `ConfigDict` with the same keys."""
     fields = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        fields[field.name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            value = to_config_dict(value)
+        elif value is None:  # ml_collections must know the type of what a flag may put here
+            value = placeholder(next(k for k in typing.get_args(kind) if k is not types.NoneType))
+        fields[name] = value
     return ConfigDict(fields, convert_dict=False)
 
 
 def parse(config_dict: ConfigDict) -> Recipe:
     """Validates a recipe.
 
-    Two shapes are accepted: the keys of `Config`; or, with `stage_order` (names) and `stages` (name ->
-    the sections of `default_stage()`), several stages that share all other keys. Either may have
-    `prepare`, a function called before the first stage.
+    Two shapes are accepted: the keys of `Config`; or, with `stage_order` (names) and `stages` (name -> the
+    sections of STAGE_SECTIONS), several stages that share all other keys. Either may have `prepare`, a
+    function called before the first stage.
 
     Raises ConfigError on an unknown key (naming the nearest), a wrong type, or values that cannot be.
     """

@@ -25,6 +25,12 @@ class CheckpointError(UserError):
     exit_code = 12
 
 
+class InUseError(UserError):
+    """Another process works in the directory."""
+
+    exit_code = 17
+
+
 class DivergedError(UserError):
     """The loss is no longer a number."""
 

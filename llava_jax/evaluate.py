@@ -36,6 +36,10 @@ def main() -> None:
         max_new_tokens=MAX_NEW_TOKENS.value,
         blind=BLIND.value,
     )
+    if PREDICTIONS.value:
+        open(
+            PREDICTIONS.value, "w"
+        ).close()  # a place that cannot be written is found before the questions are asked
     results, answered = evaluate(
         load_generator(MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value), config
     )

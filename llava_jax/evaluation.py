@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_jax.config import EvaluateConfig
+from llava_jax.config import Config, EvaluateConfig
+from llava_jax.data.conversation import get_template, render_prompt
 from llava_jax.data.images import load_image, preprocess
-from llava_jax.data.records import ImageFolder
+from llava_jax.data.records import ImageFolder, raise_problems
+from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 from llava_jax.generation import Generator
 
@@ -18,7 +20,7 @@ KEYS = ("question_id", "image", "text", "answer", "kind")
 def read_questions(path: str) -> list[dict[str, str]]:
     """Reads JSONL with the keys of KEYS, one question about one image per line. Raises DataError naming the line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); check evaluate.path.") from error
     questions = []
@@ -38,6 +40,30 @@ def read_questions(path: str) -> list[dict[str, str]]:
     if not questions:
         raise DataError(f"{path}: there is no question in this file.")
     return questions
+
+
+def check_questions(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises DataError when one of the questions of `config.evaluate` could not be asked at the end of the run."""
+    asked, positions = config.evaluate, config.model.text.max_position_embeddings
+    questions, folder = read_questions(asked.path), ImageFolder(asked.image_folder)
+    template = get_template(config.data.template)
+    problems = []
+    for question in questions:
+        try:
+            folder.locate(question["image"])
+            prompt = render_prompt(question["text"], template, tokenizer, num_images=1)
+            length = len(prompt) - 1 + config.model.num_image_tokens + asked.max_new_tokens
+            if length > positions:
+                raise DataError(
+                    f"question and answer may take {length} tokens, the model has {positions} positions."
+                )
+        except DataError as error:
+            problems.append(f"question {question['question_id']!r}: {error}")
+    raise_problems(asked.path, problems)
+    if asked.blind and len({question["image"] for question in questions}) < 2:
+        raise DataError(
+            f"{asked.path} asks about one picture only; set evaluate.blind=False, or ask about more."
+        )
 
 
 def evaluate(generator: Generator, config: EvaluateConfig) -> tuple[dict[str, float], list[dict]]:

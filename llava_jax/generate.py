@@ -15,7 +15,7 @@ TEMPLATE = flags.DEFINE_string("template", "", "Conversation template; default: 
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest answer.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 answers with the likeliest tokens.", lower_bound=0.0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set of this probability.", 0.0, 1.0)
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws when temperature > 0.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws when temperature > 0.", 0, 2**32 - 1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights and the computation.")
 flags.mark_flags_as_required(["model", "prompt"])
 

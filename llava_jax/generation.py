@@ -21,7 +21,7 @@ PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few leng
 
 
 def load_generator(path: str, *, template: str = "", dtype: str = "bfloat16") -> "Generator":
-    """A generator on all devices, from a run directory, our model directory or a Hugging Face directory.
+    """A generator from a run directory, our model directory or a Hugging Face directory.
 
     template: a conversation template in place of the model's own.
     """

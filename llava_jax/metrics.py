@@ -14,9 +14,14 @@ class MetricsLog:
         self.path = path
 
     def rows(self) -> list[dict]:
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
+        """All rows; what a dying process wrote of a last one is left out."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drops what an interrupted run logged beyond the checkpoint it resumes from."""

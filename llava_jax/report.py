@@ -1,88 +1,11 @@
-"""The files of a run directory that tell what was asked for and what came out."""
+"""The files of a run directory that tell what came out: results, plot, model card."""
 
 import json
 import os
 from pathlib import Path
 
-from llava_jax.config import Config, Recipe, to_json
-from llava_jax.errors import CheckpointError, ConfigError
+from llava_jax.config import Config, Recipe
 from llava_jax.metrics import plot_loss, write_atomically, write_json
-from llava_jax.weights import RUN_FORMAT
-
-# Settings that may differ when a run is continued: they change neither samples nor weights.
-HARMLESS = (
-    "train.log_steps",
-    "train.remat",
-    "train.scan_unroll",
-    "checkpoint.",
-    "data.num_threads",
-    "mesh.",
-    "evaluate.",
-    "export.",
-)
-
-
-def open_run(recipe: Recipe, workdir: Path) -> None:
-    """Makes the run directory and writes `config.json`; one that holds checkpoints must be of the same run.
-
-    Raises ConfigError naming the settings that differ, and CheckpointError when nothing can be written there.
-    """
-    asked = {
-        "format": RUN_FORMAT,
-        "name": recipe.name,
-        "stages": {n: to_json(c) for n, c in recipe.stages.items()},
-    }
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        found = json.loads(path.read_text()) if path.exists() else None
-        if found is None and any(workdir.iterdir()):
-            raise ConfigError(f"{workdir} holds files but no run (no config.json); choose another --workdir.")
-        if found is not None and any(workdir.glob("checkpoints/**/commit_success.txt")):
-            _check_same_run(found, json.loads(json.dumps(asked)), workdir)
-        write_json(path, asked)
-    except OSError as error:
-        raise CheckpointError(
-            f"The run directory {workdir} cannot be written ({error.strerror}); choose another --workdir."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); choose another --workdir.") from error
-
-
-def _check_same_run(found: dict, asked: dict, workdir: Path) -> None:
-    before, now = _flatten(found.get("stages", {})), _flatten(asked["stages"])
-    differing = [
-        f"{key}={now.get(key)!r} (was {before.get(key)!r})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_harmless(key)
-    ]
-    if differing:
-        raise ConfigError(
-            f"{workdir} holds a run with other settings: {', '.join(differing[:5])}"
-            f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}. "
-            "Continue it with the same settings, or choose another --workdir."
-        )
-
-
-def _is_harmless(key: str) -> bool:
-    _, setting = key.split("/", 1)
-    return setting.startswith(HARMLESS)
-
-
-def _flatten(stages: dict) -> dict:
-    """{"pretrain/optimizer.learning_rate": 0.001, ...}"""
-    flat = {}
-
-    def visit(prefix, value):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}" if prefix[-1] != "/" else prefix + key, inner)
-        else:
-            flat[prefix] = value
-
-    for stage, config in stages.items():
-        visit(f"{stage}/", config)
-    return flat
 
 
 def write_training(workdir: Path, results: dict[str, dict], rows: list[dict]) -> None:
@@ -154,6 +77,6 @@ def _stage_row(stage: str, config: Config, summary: dict, result: dict) -> str:
         f"{result['steps']:,}",
         str(config.data.batch_size),
         f"{config.optimizer.learning_rate:g}",
-        f"{result['train_loss']:.4f}",
+        f"{result['train_loss']:.4f}" if "train_loss" in result else "",
     )
     return "| " + " | ".join(cells) + " |"

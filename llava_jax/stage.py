@@ -49,8 +49,6 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     checkpoints = Checkpoints(stage.checkpoints, stage.config.checkpoint)
     try:
         saved_step = checkpoints.latest_step()
-        if saved_step is not None:
-            _check_same_data(stage, checkpoints, saved_step)
         if saved_step != stage.num_steps:
             _print_plan(stage, weights, saved_step)
             _train(stage, before_stage(weights, stage.config), mesh, log, checkpoints)
@@ -67,9 +65,12 @@ def _train(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog, chec
 
     sharding = partial(parameter_sharding, mesh)
     others = [name for name in shapes if name not in trained]
-    frozen = load(weights, others, jnp.dtype(config.train.frozen_dtype), sharding)
+    checksums = {}
+    frozen = load(weights, others, jnp.dtype(config.train.frozen_dtype), sharding, checksums)
+    meta = {"dataset": stage.pipeline.fingerprint, "frozen": checksums}
     first_step = checkpoints.latest_step() or 0
     if first_step:
+        _check_meta(checkpoints.read_meta(first_step), meta, stage.checkpoints / str(first_step))
         state = checkpoints.restore(first_step, _abstract_state(trained, optimizer, mesh))
     else:
         state = _new_state(load(weights, trained, jnp.float32, sharding), optimizer, mesh)
@@ -90,7 +91,7 @@ def _train(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog, chec
         recorder.add(step, batch, metrics, data_wait)
         if step % config.checkpoint.save_steps == 0 or step == stage.num_steps:
             recorder.flush()  # a run that continues from here has told all that came before
-            checkpoints.save(state, {"step": step, "dataset": stage.pipeline.fingerprint})
+            checkpoints.save(state, {"step": step} | meta)
 
 
 def _new_state(trainable: dict[str, jax.Array], optimizer, mesh: Mesh) -> TrainState:
@@ -112,11 +113,17 @@ def _abstract_state(shapes: dict, optimizer: optax.GradientTransformation, mesh:
     )
 
 
-def _check_same_data(stage: Stage, checkpoints: Checkpoints, step: int) -> None:
-    if checkpoints.read_meta(step)["dataset"] != stage.pipeline.fingerprint:
+def _check_meta(found: dict, expected: dict, path: Path) -> None:
+    if found["dataset"] != expected["dataset"]:
         raise CheckpointError(
-            f"{stage.checkpoints / str(step)} was trained on other data: the records, the tokenizer or the data "
-            "settings have changed since. Restore them, or start anew with another --workdir."
+            f"{path} was trained on other data: the records, the tokenizer or the data settings have changed since. "
+            "Restore them, or start anew with another --workdir."
+        )
+    changed = [name for name, crc in expected["frozen"].items() if found["frozen"].get(name) != crc]
+    if changed:
+        raise CheckpointError(
+            f"{path} was trained with other frozen weights: {changed[0]} and {len(changed) - 1} more have changed since. "
+            "Put back what init.* names, or start anew with another --workdir."
         )
 
 
@@ -126,7 +133,8 @@ def _print_plan(stage: Stage, weights: ModelSource, saved_step: int | None) -> N
     print(
         f"{stage.name or config.name}: {stage.num_steps:,} steps of {config.data.batch_size} rows "
         f"from {summary['samples']:,} samples "
-        f"({summary['samples_text_only']:,} text only, {summary['samples_truncated']:,} truncated)"
+        f"({summary['samples_text_only']:,} text only, {summary['samples_truncated']:,} truncated, "
+        f"{summary['samples_emptied_by_truncation']:,} of them with nothing left to learn)"
         + (f", continuing after step {saved_step:,}" if saved_step else ""),
         flush=True,
     )
@@ -217,6 +225,8 @@ class _Recorder:
 
 def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:
     rows = [row for row in log.rows() if row.get("stage", "") == stage.name]
+    if not rows:  # somebody deleted the log of a finished stage
+        return {"steps": stage.num_steps}
     seconds = sum(row["seconds"] for row in rows)
     return {
         "train_loss": float(np.mean([row["loss"] for row in rows])),

@@ -64,7 +64,7 @@ def make_train_step(
         )
         if loss.normalize == "microbatch":
             total = total / jnp.maximum(count, 1)
-        return total, count
+        return total, (count, (count > 0).astype(jnp.int32))
 
     grad_fn = jax.value_and_grad(microbatch_loss, has_aux=True)
 
@@ -77,8 +77,8 @@ def make_train_step(
         sums = grad_fn(state.trainable, frozen, jax.tree.map(lambda x: x[0], batch))
         if num_microbatches > 1:
             sums, _ = jax.lax.scan(accumulate, sums, jax.tree.map(lambda x: x[1:], batch))
-        (total, count), grads = sums
-        parts = num_microbatches if loss.normalize == "microbatch" else jnp.maximum(count, 1)
+        (total, (count, num_with_labels)), grads = sums
+        parts = jnp.maximum(num_with_labels if loss.normalize == "microbatch" else count, 1)
         grads = jax.tree.map(lambda g: g / parts, grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

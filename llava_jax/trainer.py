@@ -1,18 +1,20 @@
 """Runs a recipe: its stages in order, then evaluation, export and the report."""
 
+import shutil
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from llava_jax import report
 from llava_jax.config import Config, ConfigError, Recipe
-from llava_jax.convert.export import write_hf
+from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from llava_jax.evaluation import draw_samples, evaluate, read_questions
+from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import MetricsLog
+from llava_jax.run_directory import open_run_directory
 from llava_jax.sharding import make_mesh, num_row_shards
 from llava_jax.stage import Stage, train_stage
 from llava_jax.weights import after_stage, checkpoint_directory, initial_weights
@@ -32,9 +34,17 @@ def run(recipe: Recipe, workdir: Path) -> None:
         for name, config in recipe.stages.items()
     ]
     if last.evaluate.path:
-        read_questions(last.evaluate.path)
-    report.open_run(recipe, workdir)
+        check_questions(last, tokenizer)
+    if last.export.layout:
+        check_layout(last.model, last.export.layout)
+    with open_run_directory(recipe, workdir):
+        _run_stages(recipe, stages, weights, tokenizer, mesh, workdir)
 
+
+def _run_stages(
+    recipe: Recipe, stages: list[Stage], weights: ModelSource, tokenizer: Tokenizer, mesh: Mesh, workdir: Path
+) -> None:
+    last = recipe.last
     log = MetricsLog(workdir / "metrics.jsonl")
     results = {}
     for stage in stages:
@@ -85,8 +95,8 @@ def _load_tokenizer(weights: ModelSource) -> Tokenizer:
 
 
 def _export(weights: ModelSource, config: Config, directory: Path) -> None:
-    if directory.exists():
-        return
+    if directory.exists():  # of an earlier end of this run, perhaps with other settings
+        shutil.rmtree(directory)
     write_hf(
         directory,
         layout=config.export.layout,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -73,8 +74,7 @@ def before_stage(weights: ModelSource, config: Config) -> ModelSource:
     if not config.tune.fresh_projector:
         return weights
     names = {name for name in weights.names() if _is_projector(name)}
-    drawn = _random_leaves(config.model, config.seed + 1, names)
-    return dataclasses.replace(weights, leaves=weights.leaves | drawn)
+    return weights.with_leaves(_random_leaves(config.model, config.seed + 1, names))
 
 
 def after_stage(weights: ModelSource, config: Config, checkpoints: Path) -> ModelSource:
@@ -82,9 +82,31 @@ def after_stage(weights: ModelSource, config: Config, checkpoints: Path) -> Mode
     steps = saved_steps(checkpoints)
     if not steps:
         raise CheckpointError(f"{checkpoints} holds no finished checkpoint; train that stage first.")
-    saved = SavedParameters(checkpoints, steps[-1]).leaves()
+    saved = SavedParameters(checkpoints, steps[-1])
     weights = before_stage(weights, config)
-    return dataclasses.replace(weights, layout="run", leaves=weights.leaves | saved)
+    frozen = {
+        name: _verified(name, weights.leaves[name], crc, saved.path) for name, crc in saved.frozen.items()
+    }
+    return weights.with_leaves(frozen | saved.leaves(), layout="run")
+
+
+def _verified(name: str, leaf: Leaf, crc: int, path: Path) -> Leaf:
+    """`leaf`, which raises CheckpointError when what it reads is not what the stage in `path` was trained with."""
+
+    def read():
+        array = leaf.read()
+        if checksum(array) != crc:
+            raise CheckpointError(
+                f"{name} has changed since {path} was trained with it frozen: the model in the run's init.* is no longer "
+                "the same. Put the old one back."
+            )
+        return array
+
+    return dataclasses.replace(leaf, read=read)
+
+
+def checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
 
 
 def checkpoint_directory(workdir: Path, stage: str) -> Path:
@@ -108,8 +130,11 @@ def _is_run(path: Path) -> bool:
 
 def open_run(workdir: Path) -> ModelSource:
     """The model that a training run ended with, or has reached."""
-    saved = json.loads((workdir / "config.json").read_text())
-    stages = {name: from_json(Config, fields) for name, fields in saved["stages"].items()}
+    try:
+        saved = json.loads((workdir / "config.json").read_text())
+        stages = {name: from_json(Config, fields) for name, fields in saved["stages"].items()}
+    except (KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{workdir / 'config.json'} is no run's settings ({error!r}).") from error
     weights = initial_weights(next(iter(stages.values())))
     for name, config in stages.items():
         weights = after_stage(weights, config, checkpoint_directory(workdir, name))
@@ -117,11 +142,22 @@ def open_run(workdir: Path) -> ModelSource:
     return dataclasses.replace(weights, template=last.template, image_aspect_ratio=last.image_aspect_ratio)
 
 
-def load(weights: ModelSource, names: Iterable[str], dtype, sharding: Callable) -> dict[str, jax.Array]:
-    """Reads parameters onto the devices one by one, as `dtype`. sharding(name, shape) -> where each lies."""
+def load(
+    weights: ModelSource,
+    names: Iterable[str],
+    dtype,
+    sharding: Callable,
+    checksums: dict[str, int] | None = None,
+) -> dict[str, jax.Array]:
+    """Reads parameters onto the devices one by one, as `dtype`. sharding(name, shape) -> where each lies.
+
+    `checksums` receives the checksum of each as it was read.
+    """
     arrays = {}
     for name in names:
         array = weights.read(name)
+        if checksums is not None:
+            checksums[name] = checksum(array)
         arrays[name] = jax.device_put(array.astype(dtype), sharding(name, array.shape))
     return arrays
 

@@ -14,7 +14,12 @@ ROOT = Path(__file__).parent.parent
 def run(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -62,7 +67,9 @@ def test_the_quickstart_trains_evaluates_and_exports(finished_run):
 
 
 def test_the_same_command_again_has_nothing_left_to_train(finished_run, recipe):
-    result = run("llava_jax.train", f"--config={recipe}", f"--workdir={finished_run}", "--config.export.layout=")
+    result = run(
+        "llava_jax.train", f"--config={recipe}", f"--workdir={finished_run}", "--config.export.layout="
+    )
     assert result.returncode == 0, result.stderr
     assert " step " not in result.stdout
 
@@ -103,7 +110,12 @@ def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
     ("arguments", "code", "message"),
     [
         (["--config.stages.finetune.optimizer.learning_rte=1"], 10, "learning_rate"),
-        (["--config.sed=1"], 10, "seed"),
+        (["--config.sed=1"], 10, 'Did you mean "seed" instead of "sed"?'),
+        (
+            ["--config.stages.finetune.optimizer.projector_learning_rate=0.0"],
+            10,
+            "projector_learning_rate=0.0 must be",
+        ),
         (["--config.stages.finetune.optimizer.learning_rate=fast"], 10, "fast"),
         (["--confg=x"], 10, "config"),
         (["--config.stages.finetune.data.template=v9"], 11, "data.template='v9' is not known"),
@@ -125,7 +137,10 @@ def test_mistakes_end_in_one_paragraph_and_a_code(recipe, tmp_path, arguments, c
     [
         ("nothing.py", "No such file or directory: 'configs/nothing.py'"),
         ("llava15_pretrain.py:70b", "'70b' is not one of '7b', '13b'. Did you mean '7b'?"),
-        ("llava15_pretrain.py:7b", "checkpoints/clip-vit-large-patch14-336 does not exist; set --config.init."),
+        (
+            "llava15_pretrain.py:7b",
+            "checkpoints/clip-vit-large-patch14-336 does not exist; set --config.init.",
+        ),
     ],
 )
 def test_recipes_that_cannot_be_loaded_are_named(tmp_path, recipe, message):

@@ -11,7 +11,6 @@ from llava_jax.config import (
     ConfigError,
     ModelConfig,
     default_config,
-    default_stage,
     from_json,
     parse,
     to_json,
@@ -22,12 +21,7 @@ RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
 def two_stages():
-    config = default_config()
-    for key in default_stage():
-        del config[key]
-    config.stage_order = ("one", "two")
-    config.stages = {"one": default_stage(), "two": default_stage()}
-    return config
+    return default_config("one", "two")
 
 
 def test_the_defaults_are_llava_15_7b_stage_2():
@@ -64,7 +58,7 @@ def test_stages_share_what_they_do_not_set():
 
 def test_a_setting_that_every_stage_has_cannot_be_set_for_all():
     recipe = two_stages()
-    recipe.data = default_stage().data
+    recipe.data = default_config().data
     with pytest.raises(ConfigError, match=r"data: set per stage here, as stages\.one\.KEY"):
         parse(recipe)
 
@@ -89,12 +83,24 @@ def test_unknown_keys_answer_with_the_nearest_name(section, key, hint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer.learning_rate": 0.0}, "learning_rate=0.0 must be positive"),
+        ({"optimizer.learning_rate": 0.0}, "learning_rate=0.0 must be a positive number"),
         (
             {"optimizer.schedule": "cosin"},
             "optimizer.schedule='cosin' is not one of .* Did you mean 'cosine'",
         ),
         ({"optimizer.warmup_ratio": 1.5}, "warmup_ratio=1.5 is a share"),
+        ({"optimizer.beta2": -1.0}, "beta2=-1.0 must lie in 0 to 1"),
+        (
+            {"optimizer.projector_learning_rate": -1.0},
+            "projector_learning_rate=-1.0 must be a positive number",
+        ),
+        ({"optimizer.weight_decay": float("nan")}, "weight_decay=nan must not be negative"),
+        ({"train.num_epochs": float("inf")}, "num_epochs=inf must be a positive number"),
+        ({"seed": -1}, "seed=-1 must lie in 0"),
+        ({"model.text.num_hidden_layers": 0}, "text.num_hidden_layers=0 must be a positive number"),
+        ({"model.vision.patch_size": 0}, "vision.patch_size=0 must be a positive number"),
+        ({"model.text.rope_scaling.factor": 0.0}, "rope_scaling.factor=0.0 must be a positive number"),
+        ({"model.projector_type": "mlp\u00b2x_gelu"}, "is not one of"),
         ({"data.image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres' is not one of 'pad', 'square'"),
         ({"data.max_length": 8192}, "max_length=8192 exceeds .*max_position_embeddings=4096"),
         ({"data.max_length": 500}, "One image takes 576 tokens"),

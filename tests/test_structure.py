@@ -38,7 +38,7 @@ FLOORS = (
     ("convert", "step", "quickstart"),
     ("checkpoint",),
     ("weights",),
-    ("generation", "report", "stage"),
+    ("generation", "report", "run_directory", "stage"),
     ("evaluation",),
     ("trainer",),
     COMMANDS,

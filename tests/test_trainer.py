@@ -1,7 +1,9 @@
 """Whole runs of tiny recipes: what trains, what is written, and that a broken run continues with the same bits."""
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,9 +14,10 @@ import pytest
 from llava_jax import stage as stage_module
 from llava_jax import trainer
 from llava_jax.checkpoint import Checkpoints, SavedParameters, saved_steps
-from llava_jax.config import default_config, default_stage, parse
+from llava_jax.config import STAGE_SECTIONS, default_config, parse
 from llava_jax.convert.opening import open_model
-from llava_jax.errors import CheckpointError, ConfigError, DataError, DivergedError
+from llava_jax.errors import CheckpointError, ConfigError, DataError, DivergedError, InUseError
+from llava_jax.run_directory import open_run_directory
 from llava_jax.sharding import make_mesh
 from llava_jax.weights import initial_weights, open_any, open_run
 
@@ -36,21 +39,16 @@ def parameters(workdir, stage="") -> dict[str, np.ndarray]:
 
 def as_stages(recipe, shapes_dataset):
     """The recipe's settings as two stages: projector alone on captions, then projector and decoder."""
-    config = default_config()
-    for key in default_config():
-        config[key] = recipe[key]
-    stages = {"pretrain": default_stage(), "finetune": default_stage()}
-    for stage in stages.values():
-        for section in default_stage():
-            stage[section].update(recipe[section])
+    config = default_config("pretrain", "finetune")
+    for key in recipe:
+        if key not in STAGE_SECTIONS:
+            config[key] = recipe[key]
+    for stage in config.stages.values():
+        for section in STAGE_SECTIONS:
+            stage[section].update(recipe[section].to_dict())
         stage.train.max_steps = 2
-    stages["pretrain"].data.path = f"{shapes_dataset}/pretrain.json"
-    stages["pretrain"].data.template = "plain"
-    stages["pretrain"].tune.language_model = False
-    for key in default_stage():
-        del config[key]
-    config.stage_order = ("pretrain", "finetune")
-    config.stages = stages
+    config.stages.pretrain.data.update(path=f"{shapes_dataset}/pretrain.json", template="plain")
+    config.stages.pretrain.tune.language_model = False
     return config
 
 
@@ -283,7 +281,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tiny_recipe, 
     ("changes", "error", "message"),
     [
         ({"data.path": "/nowhere.json"}, DataError, "'/nowhere.json': cannot be read"),
-        ({"data.image_folder": "/nowhere"}, DataError, r"is not in image_folder '/nowhere'"),
+        ({"data.image_folder": "/nowhere"}, DataError, "image_folder='/nowhere' is no directory"),
         ({"data.max_length": 64, "data.too_long": "error"}, DataError, "exceed data.max_length=64"),
         ({"init.tokenizer": ""}, ConfigError, "set init.tokenizer"),
         ({"init.tokenizer": "/nowhere"}, DataError, "holds no tokenizer.model"),
@@ -322,3 +320,102 @@ def test_a_checkpoint_of_another_architecture_names_the_keys(tiny_recipe, tmp_pa
         ConfigError, match=r"num_hidden_layers=2 \(config: 3\).*--config.model.text.num_hidden_layers=2"
     ):
         trainer.run(parse(tiny_recipe), tmp_path / "second")
+
+
+def test_two_processes_cannot_train_in_one_directory(tiny_recipe, tmp_path):
+    recipe = parse(tiny_recipe)
+    with (
+        open_run_directory(recipe, tmp_path / "run"),
+        pytest.raises(InUseError, match=r"is in use by process [0-9]+ on"),
+    ):
+        trainer.run(recipe, tmp_path / "run")
+    trainer.run(recipe, tmp_path / "run")  # the lock ends with its holder
+
+
+def test_frozen_weights_that_changed_are_noticed(tiny_recipe, tmp_path, monkeypatch):
+    base = parse(tiny_recipe)
+    trainer.run(base, tmp_path / "base")
+    tiny_recipe.init.update(model=str(tmp_path / "base"), tokenizer="")
+    tiny_recipe.tune.language_model = False
+    tiny_recipe.checkpoint.save_steps = 2
+    run_until_saved(parse(tiny_recipe), tmp_path / "run", monkeypatch, step=2)
+    read = open_run(tmp_path / "run").read
+    assert read("language_model.norm.scale").shape == (32,)
+
+    shutil.rmtree(tmp_path / "base")
+    trainer.run(
+        dataclasses.replace(base, stages={"": dataclasses.replace(base.first, seed=7)}), tmp_path / "base"
+    )
+    with pytest.raises(CheckpointError, match="was trained with other frozen weights"):
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"language_model\.norm\.scale has changed since"):
+        read("language_model.norm.scale")
+
+
+def test_a_run_can_be_opened_from_anywhere(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer.run(parse(tiny_recipe), Path("first"))
+    tiny_recipe.init.update(model="first", tokenizer="")
+    trainer.run(parse(tiny_recipe), Path("second"))
+    monkeypatch.chdir("/")
+    assert open_run(tmp_path / "second").read("language_model.norm.scale").shape == (32,)
+
+
+def test_an_export_is_of_the_weights_that_the_run_ended_with(tiny_recipe, tmp_path):
+    tiny_recipe.export.layout = "llava-hf"
+    trainer.run(parse(tiny_recipe), tmp_path)
+    tiny_recipe.export.update(layout="llava", dtype="bfloat16")  # the same run, exported otherwise
+    trainer.run(parse(tiny_recipe), tmp_path)
+    exported = open_model(tmp_path / "export")
+    assert (exported.layout, exported.dtype("language_model.norm.scale")) == ("llava", "bfloat16")
+
+
+def test_a_torn_or_missing_log_does_not_stop_a_run(tiny_recipe, tmp_path, monkeypatch):
+    tiny_recipe.checkpoint.save_steps = 2
+    run_until_saved(parse(tiny_recipe), tmp_path, monkeypatch, step=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    trainer.run(parse(tiny_recipe), tmp_path)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+    (tmp_path / "metrics.jsonl").unlink()
+    trainer.run(parse(tiny_recipe), tmp_path)
+
+
+def test_empty_microbatches_do_not_dilute_the_mean_of_means(tiny_recipe, tmp_path):
+    records = json.loads(Path(tiny_recipe.data.path).read_text())[:2]
+    (tmp_path / "two.json").write_text(json.dumps(records))
+    tiny_recipe.data.path = str(tmp_path / "two.json")
+    tiny_recipe.train.max_steps = 1
+    tiny_recipe.loss.normalize = "microbatch"
+    for name, parts in (("one", 1), ("four", 4)):
+        tiny_recipe.train.accumulation_steps = parts  # rows 0 and 1 are one microbatch of four
+        trainer.run(parse(tiny_recipe), tmp_path / name)
+    found, expected = (metrics(tmp_path / name)[0]["loss"] for name in ("four", "one"))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"evaluate.image_folder": "/nowhere"}, DataError, "question 'test_00000_color': image"),
+        ({"evaluate.max_new_tokens": 250}, DataError, "the model has 256 positions"),
+        (
+            {"export.layout": "llava-hf", "model.projector_type": "linear"},
+            CheckpointError,
+            "no projector of type 'linear'",
+        ),
+        ({"export.layout": "llava-hf", "model.select_layer": 0}, CheckpointError, "vision_feature_layer=0"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_at_the_start(
+    tiny_recipe, shapes_dataset, tmp_path, changes, error, message
+):
+    tiny_recipe.evaluate.update(
+        path=f"{shapes_dataset}/questions_test.jsonl", image_folder=f"{shapes_dataset}/images"
+    )
+    for key, value in changes.items():
+        section, name = key.split(".")
+        tiny_recipe[section][name] = value
+    with pytest.raises(error, match=message):
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

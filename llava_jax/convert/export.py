@@ -78,6 +78,15 @@ def write_hf(
         _write_tensors(partial, layout, model, read, set_aside, vocabulary, dtype, max_shard_size)
 
 
+def check_layout(model: ModelConfig, layout: str) -> None:
+    """Raises ConversionError when `layout` cannot express the model, as `write_hf` would."""
+    if layout == "llava-hf":
+        tokens = SpecialTokens(image=model.text.vocab_size, pad=model.text.vocab_size + 1, bos=1, eos=2)
+        write_llava_hf_config(model, tokens, dtype="float32", vocab_size=model.text.vocab_size + 2)
+    else:
+        write_llava_config(model, ORIGINAL_TOKENS, dtype="float32")
+
+
 def _padded_vocabulary(base: int, tokens: SpecialTokens, set_aside: Mapping[str, np.ndarray]) -> int:
     """How many token rows to write: as many as were imported, else a multiple of 64."""
     needed = max(base, tokens.image + 1, tokens.pad + 1)

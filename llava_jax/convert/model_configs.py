@@ -87,7 +87,11 @@ def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: s
     if model.projector_type != "mlp2x_gelu":
         raise ConversionError(
             f"The llava-hf layout has no projector of type {model.projector_type!r}, only 'mlp2x_gelu'; "
-            "use --layout=llava."
+            "choose the layout llava."
+        )
+    if model.num_vision_layers_run == 0:
+        raise ConversionError(
+            "transformers cannot run llava-hf models with vision_feature_layer=0; choose the layout llava."
         )
     text = model.text
     return {

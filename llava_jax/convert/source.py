@@ -48,6 +48,10 @@ class ModelSource:
         """One leaf, layers stacked, kernels [in, out]. Reads only the bytes it needs."""
         return self.leaves[name].read()
 
+    def with_leaves(self, leaves: dict[str, Leaf], layout: str = "") -> "ModelSource":
+        """The same model with some leaves replaced or added."""
+        return dataclasses.replace(self, leaves=self.leaves | leaves, layout=layout or self.layout)
+
     def set_aside(self) -> dict[str, np.ndarray]:
         """The tensors of `idle`, for an export to restore."""
         return {name: leaf.read() for name, leaf in self.idle.items()}

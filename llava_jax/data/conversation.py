@@ -122,8 +122,10 @@ def render_prompt(question: str, template: Template, tokenizer: Tokenizer, *, nu
         question = f"{PLACEHOLDER}\n" * num_images + question
     if num_images == 1:
         question = _image_first(question)
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise DataError("the question holds half of a surrogate pair, which is no character.")
     found = question.count(PLACEHOLDER)
-    if num_images and found != num_images:
+    if found != num_images:
         raise DataError(f"the question has {found} {PLACEHOLDER} for {num_images} images: {question[:60]!r}.")
     human = template.human
     asked = human.name + human.before + question + human.after

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 
 import grain
@@ -68,6 +69,10 @@ class Pipeline:
         )
         self._records = read_records(config.path)
         self._folder = ImageFolder(config.image_folder)
+        if any(record.images for record in self._records) and not os.path.isdir(config.image_folder):
+            raise DataError(
+                f"data.image_folder={config.image_folder!r} is no directory, but records of {config.path} have images."
+            )
         raise_problems(config.path, check_images(self._records, self._folder))
         self._measure()
         self.fingerprint = self._fingerprint()
@@ -143,6 +148,11 @@ class Pipeline:
             self._num_supervised[index] = np.count_nonzero(labels != IGNORE)
             self._num_truncated += full_length > len(tokens)
         raise_problems(self.config.path, problems)
+        if not self._num_supervised.any():
+            raise DataError(
+                f"{self.config.path}: nothing is left to learn: data.max_length={self.config.max_length} cuts off every "
+                "answer; raise it."
+            )
 
     def _tokenize(self, record: Record) -> tuple[np.ndarray, np.ndarray, int]:
         """-> tokens and labels int32[T] as they are trained on, and the length before truncation."""
@@ -151,6 +161,8 @@ class Pipeline:
             tokens, labels = tokenize(
                 record.turns, self._template, self._tokenizer, num_images=len(record.images)
             )
+            if not record.images and any(PLACEHOLDER in text for _, text in record.turns):
+                raise DataError(f"its text has {PLACEHOLDER}, but it names no image; add 'image' or take that out.")
             found = np.count_nonzero(tokens == IMAGE_TOKEN)
             if found != len(record.images):
                 raise DataError(

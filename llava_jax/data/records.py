@@ -89,6 +89,14 @@ class ImageFolder:
 
         Links are followed only to places inside the folder.
         """
+        try:
+            return self._locate(image)
+        except (OSError, ValueError) as error:  # names that no file can have
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"image {image[:80]!r} cannot be looked for ({error}).") from error
+
+    def _locate(self, image: str) -> str:
         path = os.path.join(self.path, image)
         directory, name = os.path.split(path)
         if directory not in self._entries:
@@ -139,6 +147,8 @@ def _decode(text: str, path: str, first_line: int) -> object:
             f"{path}:{first_line + error.lineno - 1}:{error.colno}: broken JSON ({error.msg}); the file "
             "should be a list of records, or hold one record per line."
         ) from error
+    except ValueError as error:
+        raise DataError(f"{path}:{first_line}: JSON that cannot be read ({error}).") from error
     except RecursionError as error:
         raise DataError(f"{path}:{first_line}: JSON nested too deeply to be read.") from error
 

@@ -1,16 +1,22 @@
-"""What is said about a scene: captions, maps, and questions that have one right answer."""
+"""What is said about a scene: captions, maps, notes, and questions that have one right answer."""
 
 import random
 from typing import NamedTuple
 
-from llava_jax.quickstart.scenes import Scene, Thing, grid
+from llava_jax.quickstart.scenes import Scene, Thing
 
 KINDS = ("color", "shape", "where", "count")
 
 _ASK = {"color": "What color is the {}?", "shape": "What shape is the {}?", "where": "Where is the {}?"}
-_REFER = {"color": "{} object", "shape": "{}", "where": "object at the {}"}
+_REFER = {"color": "{} object", "shape": "{}", "where": "{} object"}
+_CAPTIONS = (
+    "a {thing.color} {thing.shape} in the {thing.place}",
+    "in the {thing.place} a {thing.color} {thing.shape}",
+    "in the {thing.place} a {thing.shape} in {thing.color}",
+    "a {thing.shape} in {thing.color} in the {thing.place}",
+)
 _DESCRIBE = ("Describe the picture.", "What is in the picture?", "What do you see?")
-_OPPOSITES = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+_OPPOSITES = {"north": "south", "south": "north", "east": "west", "west": "east"}
 _CORNERS = {"square": "4", "triangle": "3", "ring": "0"}
 
 
@@ -22,21 +28,29 @@ class Turn(NamedTuple):
     answer: str
 
 
-def caption(scene: Scene, rng) -> str:
-    """All that is drawn: `a red ring at the top left and a blue square at the bottom right`."""
-    return " and ".join(f"a {thing.color} {thing.shape} at the {thing.place}" for thing in rng.sample(scene.things, len(scene.things)))
+def caption(scene: Scene, rng: random.Random) -> str:
+    """All that is drawn, in random order and words: `a red ring in the northwest and a square in blue ...`."""
+    return " and ".join(rng.choice(_CAPTIONS).format(thing=thing) for thing in _shuffled(rng, scene.things))
 
 
-def map_caption(scene: Scene, cells: int) -> str:
-    """What every cell of the padded picture shows: `colors none red ... shapes none ring ...`.
+def map_text(scene: Scene) -> str:
+    """Colors, then shapes, in reading order: `colors red blue ... shapes ring ring ...`.
 
-    Rows from the top, one word per cell: with one token per word and one patch per cell, every word stands
-    at a fixed distance from the patch that it names.
+    On a mosaic every word stands at a fixed distance from the part of the picture that it names.
     """
-    shown = grid(scene, cells)
-    colors = [thing.color if thing else "none" for thing in shown]
-    shapes = [thing.shape if thing else "none" for thing in shown]
+    colors = [thing.color for thing in scene.things]
+    shapes = [thing.shape for thing in scene.things]
     return " ".join(["colors", *colors, "shapes", *shapes])
+
+
+def notes(scene: Scene, rng: random.Random) -> str:
+    """Each thing's properties, all in random order: `ring northwest red southeast blue square`.
+
+    The first property of a thing says which one is meant; to go on, the others must be looked up.
+    """
+    kinds = tuple(_ASK)
+    things = _shuffled(rng, scene.things)
+    return " ".join(_property(thing, kind) for thing in things for kind in _shuffled(rng, kinds))
 
 
 def description(scene: Scene, rng: random.Random) -> Turn:
@@ -52,13 +66,10 @@ def conversation(scene: Scene, rng: random.Random) -> list[Turn]:
     is asked before several things have been mentioned.
     """
     turns = [_count(scene)] if rng.random() < 1 / 3 else []
-    return turns + [_ask(*words) for words in _two_about_each(scene, rng)]
-
-
-def facts(scene: Scene, rng: random.Random) -> Turn:
-    """What `conversation` asks, in few words: `color ring red where ring top left`."""
-    told = [_property(thing, kind) for thing in rng.sample(scene.things, len(scene.things)) for kind in rng.sample(tuple(_ASK), 3)]
-    return Turn("facts", "Read the picture.", " ".join(told))
+    for thing in _shuffled(rng, scene.things):
+        named, asked, last = _shuffled(rng, tuple(_ASK))
+        turns += [_ask(thing, asked, named), _ask(thing, last, rng.choice((named, asked)))]
+    return turns
 
 
 def one_of_each_kind(scene: Scene, rng: random.Random) -> list[Turn]:
@@ -84,11 +95,8 @@ def small_talk(rng: random.Random) -> list[Turn]:
     return [Turn("text", question, answer) for question, answer in rng.sample(pairs, 2)]
 
 
-def _two_about_each(scene: Scene, rng: random.Random):
-    for thing in rng.sample(scene.things, len(scene.things)):
-        named, asked, last = rng.sample(tuple(_ASK), 3)
-        yield thing, asked, named
-        yield thing, last, rng.choice((named, asked))
+def _shuffled(rng: random.Random, items: tuple) -> list:
+    return rng.sample(items, len(items))
 
 
 def _property(thing: Thing, kind: str) -> str:

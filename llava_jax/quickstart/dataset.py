@@ -12,17 +12,17 @@ from llava_jax.quickstart.conversations import (
     Turn,
     conversation,
     description,
-    facts,
-    map_caption,
+    map_text,
+    notes,
     one_of_each_kind,
     small_talk,
 )
 from llava_jax.quickstart.scenes import Scene, paint, random_mosaic, random_scene
 from llava_jax.quickstart.tokenizer import train_tokenizer
 
-VERSION = 1  # of what is drawn and said; part of dataset.json
-CELLS = 2  # per side of a map: one for each patch of a 32 px tower with 8 px patches
+VERSION = 2  # of what is drawn and said; part of dataset.json
 VOCAB_SIZE = 512
+READ = "Read the picture."
 
 
 def prepare(
@@ -31,14 +31,13 @@ def prepare(
     num_train: int = 6000,
     num_dev: int = 250,
     num_test: int = 500,
-    num_maps: int | None = None,
-    num_captions: int | None = None,
+    num_mosaics: int = 5000,
 ) -> None:
     """Makes the dataset in `root`, or returns at once when it is there, made with the same arguments.
 
     images/                JPEG (4 of 5) and PNG; sides 64 to 160 px
-    towers.json            maps of the first num_maps training pictures (default: all) and captions of the
-                           first num_captions (default: half); teaches random towers to see, template `plain`
+    towers.json            teaches random towers to see, template `plain`: maps of the mosaics, two notes of every
+                           training picture, captions of a third of them
     pretrain.json          a caption of every training picture, template `plain`
     finetune.json          per training picture a conversation, for every sixth also its caption, and 5 % rows
                            without a picture
@@ -61,8 +60,7 @@ def prepare(
         "num_train": num_train,
         "num_dev": num_dev,
         "num_test": num_test,
-        "num_maps": num_train if num_maps is None else num_maps,
-        "num_captions": num_train // 2 if num_captions is None else num_captions,
+        "num_mosaics": num_mosaics,
     }
     _check_numbers(arguments)
     target = Path(os.path.abspath(os.path.expanduser(root)))
@@ -81,15 +79,9 @@ def prepare(
 
 
 def _check_numbers(arguments: dict[str, int]) -> None:
-    for name in ("num_train", "num_dev", "num_test"):
+    for name in ("num_train", "num_dev", "num_test", "num_mosaics"):
         if arguments[name] < 1:
             raise ConfigError(f"{name}={arguments[name]} must be at least 1.")
-    for name in ("num_maps", "num_captions"):
-        if not 0 <= arguments[name] <= arguments["num_train"]:
-            raise ConfigError(
-                f"{name}={arguments[name]} must lie between 0 and num_train={arguments['num_train']}: "
-                "a training picture has one map and one caption."
-            )
 
 
 def _is_made(target: Path, arguments: dict[str, int]) -> bool:
@@ -114,15 +106,18 @@ def _write_dataset(folder: Path, arguments: dict[str, int]) -> None:
     (folder / "images").mkdir()
 
     train = _write_pictures(folder, seed, "train", arguments["num_train"])
-    mosaics = _write_pictures(folder, seed, "mosaic", arguments["num_maps"], random_mosaic)
-    towers = [
-        _record(f"map_{name}", name, [Turn("map", "Read the picture.", map_caption(scene, CELLS))])
-        for name, scene in mosaics.items()
-    ]
+    mosaics = _write_pictures(folder, seed, "mosaic", arguments["num_mosaics"], draw=random_mosaic)
     rng = random.Random(f"{seed}/captions")
     captions = [_record(f"caption_{name}", name, [description(scene, rng)]) for name, scene in train.items()]
-    towers += captions[: arguments["num_captions"]]
-    towers = towers[:4000]+captions[:3000]+[_record(f"facts_{name}", name, [facts(scene, rng)]) for name, scene in [*mosaics.items()] + [*train.items()][3000:]]
+    towers = [
+        _record(f"map_{name}", name, [Turn("map", READ, map_text(scene))]) for name, scene in mosaics.items()
+    ]
+    towers += [
+        _record(f"notes{number}_{name}", name, [Turn("notes", READ, notes(scene, rng))])
+        for name, scene in train.items()
+        for number in (1, 2)
+    ]
+    towers += captions[::3]
 
     rng = random.Random(f"{seed}/conversations")
     finetune = []

@@ -1,11 +1,13 @@
-"""Random scenes of one or two coloured shapes, and their pictures."""
+"""Random scenes of a few coloured shapes, and their pictures."""
 
 import dataclasses
+import math
 import random
+from collections.abc import Iterable
 
 from PIL import Image, ImageDraw
 
-COLORS = {
+COLORS = {  # all clearly darker than the background, so that a shape looks alike in each
     "red": (210, 30, 40),
     "green": (30, 150, 50),
     "blue": (40, 70, 220),
@@ -14,9 +16,10 @@ COLORS = {
     "gray": (85, 85, 85),
 }
 SHAPES = ("ring", "square", "triangle", "cross")
-PLACES = ("top left", "top right", "bottom left", "bottom right")  # in reading order
+PLACES = ("northwest", "northeast", "southwest", "southeast")  # in reading order
 
-SMALLEST, LARGEST = 0.38, 0.46  # side of the box around a thing, as a share of the picture's short side
+SMALLEST, LARGEST = 0.38, 0.46  # box around a thing / the picture's short side; it fits into a quarter
+MARGIN = 1  # px between a thing and the edges of its quarter
 MIN_ASPECT = 0.8  # short side / long side
 
 
@@ -35,7 +38,7 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A near-white picture and the things on it, in reading order; no color, shape or place occurs twice."""
+    """A near-white picture and the things on it, in reading order, each within its own quarter."""
 
     width: int
     height: int
@@ -44,30 +47,33 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """One or two things, equally likely, on a picture of random size."""
+    """One or two things, equally likely; no color, shape or place occurs twice."""
     number = rng.randint(1, 2)
-    words = (rng.sample(choices, number) for choices in (tuple(COLORS), SHAPES, PLACES))
-    return _place(rng, list(zip(*words, strict=True)))
+    colors, shapes, places = (rng.sample(words, number) for words in (tuple(COLORS), SHAPES, PLACES))
+    return _arrange(rng, colors, shapes, sorted(places, key=PLACES.index))
 
 
 def random_mosaic(rng: random.Random) -> Scene:
-    """A thing at each place; colors and shapes may occur again."""
-    words = (rng.sample(choices, len(PLACES)) for choices in (tuple(COLORS), SHAPES))
-    return _place(rng, list(zip(*words, PLACES, strict=True)))
+    """A thing at each place, its color and shape drawn independently of the others'."""
+    colors, shapes = (rng.choices(words, k=len(PLACES)) for words in (tuple(COLORS), SHAPES))
+    return _arrange(rng, colors, shapes, PLACES)
 
 
-def _place(rng: random.Random, words: list[tuple[str, str, str]]) -> Scene:
+def _arrange(
+    rng: random.Random, colors: Iterable[str], shapes: Iterable[str], places: Iterable[str]
+) -> Scene:
+    """Draws everything else: the picture's size and background, each thing's size, shade and centre."""
     long_side = rng.randint(80, 160)
-    short_side = rng.randint(round(MIN_ASPECT * long_side + 0.5), long_side)
-    width, height = (long_side, short_side) if rng.random() < 0.5 else (short_side, long_side)
+    short_side = rng.randint(math.ceil(MIN_ASPECT * long_side), long_side)
+    width, height = rng.sample((long_side, short_side), 2)
     background = tuple(rng.randint(240, 254) for _ in range(3))
     things = []
-    for color, shape, place in sorted(words, key=lambda word: PLACES.index(word[2])):
+    for color, shape, place in zip(colors, shapes, places, strict=True):
         diameter = rng.uniform(SMALLEST, LARGEST) * short_side
-        x = rng.uniform(diameter / 2 + 1, width / 2 - diameter / 2 - 1)
-        y = rng.uniform(diameter / 2 + 1, height / 2 - diameter / 2 - 1)
-        x = width - x if place.endswith("right") else x
-        y = height - y if place.startswith("bottom") else y
+        border = diameter / 2 + MARGIN
+        x, y = (rng.uniform(border, side / 2 - border) for side in (width, height))
+        x = width - x if place.endswith("east") else x
+        y = height - y if place.startswith("south") else y
         rgb = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[color])
         things.append(Thing(color, shape, place, rgb, x, y, diameter))
     return Scene(width, height, background, tuple(things))
@@ -80,25 +86,6 @@ def paint(scene: Scene) -> Image.Image:
     for thing in scene.things:
         _draw_thing(draw, thing, thing.rgb)
     return image
-
-
-def grid(scene: Scene, cells: int) -> list[Thing | None]:
-    """What each of `cells` x `cells` equal parts shows, row by row, after padding the picture to a square.
-
-    The padding is that of `image_aspect_ratio="pad"`. A part shows the thing that covers most of it,
-    or nothing where no thing covers a seventh.
-    """
-    side = max(scene.width, scene.height)
-    left, top = (side - scene.width) // 2, (side - scene.height) // 2
-    shown: list[Thing | None] = [None] * cells**2
-    most = [255 / 7] * cells**2
-    for thing in scene.things:
-        mask = Image.new("L", (side, side))
-        _draw_thing(ImageDraw.Draw(mask), dataclasses.replace(thing, x=thing.x + left, y=thing.y + top), 255)
-        for cell, covered in enumerate(mask.resize((cells, cells), Image.Resampling.BOX).tobytes()):
-            if covered > most[cell]:
-                shown[cell], most[cell] = thing, covered
-    return shown
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill: int | tuple[int, int, int]) -> None:
