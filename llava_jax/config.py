@@ -445,11 +445,6 @@ def default_config(*stages: str) -> ConfigDict:
     return config
 
 
-def default_stage() -> ConfigDict:
-    config = default_config()
-    return ConfigDict({key: config[key] for key in STAGE_SECTIONS})
-
-
 STAGE_SECTIONS = ("data", "tune", "optimizer", "loss", "train", "checkpoint")
 
 

@@ -72,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from llava_jax.errors import UserError
 
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout
     try:
         return arguments.run(arguments, parser) or 0
     except (UserError, OSError) as error:

@@ -35,9 +35,9 @@ def prepare(
 ) -> None:
     """Makes the dataset in `root`, or returns at once when it is there, made with the same arguments.
 
-    images/                JPEG (4 of 5) and PNG; sides 64 to 160 px
-    towers.json            teaches random towers to see, template `plain`: maps of the mosaics, two notes of every
-                           training picture, captions of a third of them
+    images/                JPEG (4 of 5) and PNG, sides 64 to 160 px: one or two things each; mosaics four
+    towers.json            teaches random towers to see, template `plain`: a map of every mosaic, two notes of
+                           every training picture, captions of a third of them
     pretrain.json          a caption of every training picture, template `plain`
     finetune.json          per training picture a conversation, for every sixth also its caption, and 5 % rows
                            without a picture
