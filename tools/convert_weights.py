@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=inspect)
 
     arguments = parser.parse_args(argv)
-    from llava_jax.errors import UserError
-
     from absl import logging
+
+    from llava_jax.errors import UserError
 
     logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout
     try:
