@@ -14,7 +14,7 @@ Needs, beside this directory or wherever the paths below point:
 
 from ml_collections import ConfigDict
 
-from llava_jax.config import default_config, vicuna
+from llava_jax.recipe import default_config, vicuna
 
 
 def get_config(size: str = "7b") -> ConfigDict:

@@ -11,8 +11,8 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from llava_jax.config import default_config
 from llava_jax.quickstart.dataset import prepare
+from llava_jax.recipe import default_config
 
 DATASET = "data/quickstart"
 

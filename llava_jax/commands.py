@@ -1,6 +1,7 @@
 """What all commands share: how errors end them, and their first line before anything heavy is imported."""
 
 import ast
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 def run_command(main: Callable[[], None]) -> None:
     """Parses the flags and calls main(); a user's mistake becomes one paragraph and its exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
     logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout
     app.run(lambda _: _end_with_errors(main), flags_parser=_parse_flags)
 
@@ -34,8 +36,10 @@ def _summary(error: Exception) -> str:
     message = str(error.args[0] if error.args else error)
     if "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    if message[:1] in "'\"":  # a quoted message with its line ends spelled out
-        message = ast.literal_eval(message)
+    with contextlib.suppress(SyntaxError, ValueError):
+        message = str(
+            ast.literal_eval(message)
+        )  # a KeyError's message: quoted, with its line ends spelled out
     return " ".join(message.split())
 
 

@@ -1,8 +1,4 @@
-"""The schema of a run: frozen dataclasses whose defaults are LLaVA-1.5's published values.
-
-A recipe in `configs/` returns a `ConfigDict` (start from `default_config()`); `parse` turns it into one
-validated `Config` per training stage. Nothing else in the project reads a `ConfigDict`.
-"""
+"""The schema of a run: frozen dataclasses whose defaults are LLaVA-1.5's published values, and their JSON."""
 
 import dataclasses
 import difflib
@@ -10,16 +6,14 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
-
-from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from llava_jax.errors import ConfigError
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -27,10 +21,11 @@ def _require(condition: bool, message: str) -> None:
 def _positive(section: str, config, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key)
-        _require(value > 0 and math.isfinite(value), f"{section}.{key}={value} must be a positive number.")
+        require(value > 0 and math.isfinite(value), f"{section}.{key}={value} must be a positive number.")
 
 
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError, with the nearest name, unless `value` is one of the choices."""
     if value in choices:
         return
     near = difflib.get_close_matches(value, choices, n=1)
@@ -55,13 +50,13 @@ class VisionConfig:
         _positive(
             "vision", self, *(field.name for field in dataclasses.fields(self) if field.name != "hidden_act")
         )
-        _one_of("vision.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
-        _require(
+        one_of("vision.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
+        require(
             self.hidden_size % self.num_attention_heads == 0,
             f"vision.hidden_size={self.hidden_size} is not a multiple of "
             f"vision.num_attention_heads={self.num_attention_heads}.",
         )
-        _require(
+        require(
             self.image_size % self.patch_size == 0,
             f"vision.image_size={self.image_size} is not a multiple of vision.patch_size={self.patch_size}.",
         )
@@ -86,7 +81,7 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self):
-        _one_of("text.rope_scaling.rope_type", self.rope_type, ("default", "linear", "llama3"))
+        one_of("text.rope_scaling.rope_type", self.rope_type, ("default", "linear", "llama3"))
         numbers = (field.name for field in dataclasses.fields(self) if field.name != "rope_type")
         _positive("text.rope_scaling", self, *numbers)
 
@@ -112,15 +107,13 @@ class TextConfig:
     def __post_init__(self):
         numbers = (field.name for field in dataclasses.fields(self) if field.type in (int, float))
         _positive("text", self, *numbers)
-        _one_of("text.attention_bias", self.attention_bias, ("none", "qkv", "qkvo"))
-        _require(
+        one_of("text.attention_bias", self.attention_bias, ("none", "qkv", "qkvo"))
+        require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"text.num_attention_heads={self.num_attention_heads} is not a multiple of "
             f"text.num_key_value_heads={self.num_key_value_heads}.",
         )
-        _require(
-            self.head_dim % 2 == 0, f"text.head_dim={self.head_dim} is odd; rotary positions need pairs."
-        )
+        require(self.head_dim % 2 == 0, f"text.head_dim={self.head_dim} is odd; rotary positions need pairs.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +128,14 @@ class ModelConfig:
 
     def __post_init__(self):
         assert self.projector_depth >= 0  # raises on an unknown type
-        _one_of("model.select_feature", self.select_feature, ("patch", "cls_patch"))
+        one_of("model.select_feature", self.select_feature, ("patch", "cls_patch"))
         states = self.vision.num_hidden_layers + 1
-        _require(
+        require(
             -states <= self.select_layer < states,
             f"model.select_layer={self.select_layer} is outside CLIP's {states} hidden states "
             f"({-states}..{states - 1}).",
         )
-        _require(
+        require(
             self.projector_type != "identity" or self.vision.hidden_size == self.text.hidden_size,
             f"model.projector_type='identity' needs equal widths, but vision.hidden_size="
             f"{self.vision.hidden_size} and text.hidden_size={self.text.hidden_size}.",
@@ -186,7 +179,7 @@ class InitConfig:
     tokenizer: str = ""  # tokenizer.model, tokenizer.json or a directory; "" = beside the decoder's weights
 
     def __post_init__(self):
-        _require(
+        require(
             not (self.model and (self.vision_tower or self.language_model)),
             "init.model names a whole model, init.vision_tower and init.language_model its parts; set one or the other.",
         )
@@ -207,11 +200,11 @@ class DataConfig:
     num_threads: int = 16  # reading and resizing images
 
     def __post_init__(self):
-        _one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
-        _one_of("data.too_long", self.too_long, ("truncate", "error"))
-        _require(self.batch_size > 0, f"data.batch_size={self.batch_size} must be positive.")
-        _require(self.max_length > 1, f"data.max_length={self.max_length} must be at least 2.")
-        _require(self.num_threads >= 0, f"data.num_threads={self.num_threads} must not be negative.")
+        one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
+        one_of("data.too_long", self.too_long, ("truncate", "error"))
+        require(self.batch_size > 0, f"data.batch_size={self.batch_size} must be positive.")
+        require(self.max_length > 1, f"data.max_length={self.max_length} must be at least 2.")
+        require(self.num_threads >= 0, f"data.num_threads={self.num_threads} must not be negative.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +217,7 @@ class TuneConfig:
     fresh_projector: bool = False  # throw away what was loaded or trained before and draw a new one
 
     def __post_init__(self):
-        _require(
+        require(
             self.vision_tower or self.projector or self.language_model,
             "Nothing trains: set tune.projector, tune.language_model or tune.vision_tower to True.",
         )
@@ -247,24 +240,24 @@ class OptimizerConfig:
     max_grad_norm: float | None = None
 
     def __post_init__(self):
-        _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
         for key in ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "epsilon"):
             if getattr(self, key) is not None:
                 _positive("optimizer", self, key)
         for key in ("beta1", "beta2"):
-            _require(
+            require(
                 0 <= getattr(self, key) < 1,
                 f"optimizer.{key}={getattr(self, key)} must lie in 0 to 1, 1 excluded.",
             )
-        _require(
+        require(
             0 <= self.weight_decay < math.inf,
             f"optimizer.weight_decay={self.weight_decay} must not be negative.",
         )
-        _require(
+        require(
             0 <= self.warmup_ratio <= 1,
             f"optimizer.warmup_ratio={self.warmup_ratio} is a share of the run: 0 to 1.",
         )
-        _require(
+        require(
             self.max_grad_norm is None or self.max_grad_norm > 0,
             f"optimizer.max_grad_norm={self.max_grad_norm} must be positive; None switches clipping off.",
         )
@@ -278,8 +271,8 @@ class LossConfig:
     chunk_size: int = 512  # supervised tokens per row whose logits exist at one time
 
     def __post_init__(self):
-        _one_of("loss.normalize", self.normalize, ("tokens", "microbatch"))
-        _require(self.chunk_size > 0, f"loss.chunk_size={self.chunk_size} must be positive.")
+        one_of("loss.normalize", self.normalize, ("tokens", "microbatch"))
+        require(self.chunk_size > 0, f"loss.chunk_size={self.chunk_size} must be positive.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,19 +290,19 @@ class TrainConfig:
 
     def __post_init__(self):
         for key in ("dtype", "frozen_dtype"):
-            _one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
-        _one_of("train.remat", self.remat, ("none", "dots", "full"))
+            one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
+        one_of("train.remat", self.remat, ("none", "dots", "full"))
         _positive("train", self, "num_epochs")
-        _require(
+        require(
             self.max_steps is None or self.max_steps > 0,
             f"train.max_steps={self.max_steps} must be positive.",
         )
-        _require(
+        require(
             self.accumulation_steps > 0,
             f"train.accumulation_steps={self.accumulation_steps} must be positive.",
         )
-        _require(self.scan_unroll > 0, f"train.scan_unroll={self.scan_unroll} must be positive.")
-        _require(self.log_steps > 0, f"train.log_steps={self.log_steps} must be positive.")
+        require(self.scan_unroll > 0, f"train.scan_unroll={self.scan_unroll} must be positive.")
+        require(self.log_steps > 0, f"train.log_steps={self.log_steps} must be positive.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,8 +313,8 @@ class CheckpointConfig:
     save_total_limit: int = 1
 
     def __post_init__(self):
-        _require(self.save_steps > 0, f"checkpoint.save_steps={self.save_steps} must be positive.")
-        _require(
+        require(self.save_steps > 0, f"checkpoint.save_steps={self.save_steps} must be positive.")
+        require(
             self.save_total_limit > 0,
             f"checkpoint.save_total_limit={self.save_total_limit} must be positive.",
         )
@@ -347,8 +340,8 @@ class EvaluateConfig:
     blind: bool = False  # ask again with another question's image
 
     def __post_init__(self):
-        _require(self.batch_size > 0, f"evaluate.batch_size={self.batch_size} must be positive.")
-        _require(self.max_new_tokens > 0, f"evaluate.max_new_tokens={self.max_new_tokens} must be positive.")
+        require(self.batch_size > 0, f"evaluate.batch_size={self.batch_size} must be positive.")
+        require(self.max_new_tokens > 0, f"evaluate.max_new_tokens={self.max_new_tokens} must be positive.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,8 +352,8 @@ class ExportConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        _one_of("export.layout", self.layout, ("", "llava-hf", "llava"))
-        _one_of("export.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        one_of("export.layout", self.layout, ("", "llava-hf", "llava"))
+        one_of("export.dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,19 +375,19 @@ class Config:
     export: ExportConfig = ExportConfig()
 
     def __post_init__(self):
-        _require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in 0 to {2**32 - 1}.")
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must lie in 0 to {2**32 - 1}.")
         rest = self.data.batch_size % self.train.accumulation_steps
-        _require(
+        require(
             rest == 0,
             f"data.batch_size={self.data.batch_size} is not a multiple of "
             f"train.accumulation_steps={self.train.accumulation_steps}.",
         )
-        _require(
+        require(
             self.data.max_length <= self.model.text.max_position_embeddings,
             f"data.max_length={self.data.max_length} exceeds the decoder's model.text.max_position_embeddings="
             f"{self.model.text.max_position_embeddings}.",
         )
-        _require(
+        require(
             self.model.num_image_tokens < self.data.max_length,
             f"One image takes {self.model.num_image_tokens} tokens, more than data.max_length={self.data.max_length} "
             "leaves room for; raise data.max_length.",
@@ -403,114 +396,17 @@ class Config:
             ("projector", "projector_learning_rate"),
             ("vision_tower", "vision_tower_learning_rate"),
         ):
-            _require(
+            require(
                 getattr(self.optimizer, rate) is None or getattr(self.tune, module),
                 f"optimizer.{rate} is set but tune.{module}=False, so nothing would train at that rate; drop one.",
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a config file asks for: stages to train in order, and what has to exist before the first."""
-
-    name: str
-    stages: dict[str, Config]  # the one stage of an ordinary recipe is called ""
-    prepare: Callable[[], None] | None = None
-
-    @property
-    def first(self) -> Config:
-        return next(iter(self.stages.values()))
-
-    @property
-    def last(self) -> Config:
-        return next(reversed(self.stages.values()))
-
-
-def default_config(*stages: str) -> ConfigDict:
-    """The schema's defaults, for a recipe to change.
-
-    With names of stages, the sections of STAGE_SECTIONS are found once per stage, under `stages.NAME`.
-    """
-    config = to_config_dict(Config())
-    if not stages:
-        return config
-    sections = {name: to_config_dict(Config()) for name in stages}
-    for key in STAGE_SECTIONS:
-        del config[key]
-    for key in config:
-        for section in sections.values():
-            del section[key]
-    config.stage_order = stages
-    config.stages = ConfigDict(sections)
-    return config
-
-
-STAGE_SECTIONS = ("data", "tune", "optimizer", "loss", "train", "checkpoint")
-
-
-def vicuna(size: str) -> ConfigDict:
-    """The `model.text` section of Vicuna v1.5: "7b" or "13b"."""
-    sizes = {
-        "7b": TextConfig(),
-        "13b": TextConfig(
-            hidden_size=5120,
-            intermediate_size=13824,
-            num_hidden_layers=40,
-            num_attention_heads=40,
-            num_key_value_heads=40,
-        ),
-    }
-    _one_of("The recipe's size", size, tuple(sizes))
-    return to_config_dict(sizes[size])
-
-
-def to_config_dict(config) -> ConfigDict:
-    """A dataclass of this module as a `ConfigDict` with the same keys."""
-    fields = {}
-    for name, kind in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
-            value = to_config_dict(value)
-        elif value is None:  # ml_collections must know the type of what a flag may put here
-            value = placeholder(next(k for k in typing.get_args(kind) if k is not types.NoneType))
-        fields[name] = value
-    return ConfigDict(fields, convert_dict=False)
-
-
-def parse(config_dict: ConfigDict) -> Recipe:
-    """Validates a recipe.
-
-    Two shapes are accepted: the keys of `Config`; or, with `stage_order` (names) and `stages` (name -> the
-    sections of STAGE_SECTIONS), several stages that share all other keys. Either may have `prepare`, a
-    function called before the first stage.
+def build(cls: type, fields: dict[str, Any], prefix: str):
+    """A dataclass of this module from (nested) values; `prefix` goes before its keys in messages.
 
     Raises ConfigError on an unknown key (naming the nearest), a wrong type, or values that cannot be.
     """
-    fields = {key: config_dict[key] for key in config_dict}
-    prepare = fields.pop("prepare", None)
-    order = fields.pop("stage_order", None)
-    if order is None:
-        config = _build(Config, fields, "")
-        return Recipe(config.name, {"": config}, prepare)
-    sections = fields.pop("stages")
-    _require(
-        len(order) > 0 and sorted(order) == sorted(sections),
-        f"stage_order={tuple(order)} does not name each of stages={tuple(sections)} once.",
-    )
-    stages = {}
-    for name in order:
-        shared = {key: value for key, value in fields.items() if key not in STAGE_SECTIONS}
-        _require(
-            shared.keys() == fields.keys(),
-            f"{', '.join(sorted(fields.keys() - shared.keys()))}: set per stage here, as stages.{name}.KEY.",
-        )
-        stages[name] = _build(
-            Config, shared | {key: sections[name][key] for key in sections[name]}, f"stages.{name}."
-        )
-    return Recipe(stages[order[0]].name, stages, prepare)
-
-
-def _build(cls: type, fields: dict[str, Any], prefix: str):
     types_by_name = typing.get_type_hints(cls)
     for key in fields:
         if key not in types_by_name:
@@ -537,15 +433,15 @@ def _keys_elsewhere(key: str) -> list[str]:
 
 def _convert(kind, value, key: str):
     if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, ConfigDict | dict), f"{key}={value!r} should be a section with keys.")
-        return _build(kind, {name: value[name] for name in value}, key + ".")
+        require(isinstance(value, Mapping), f"{key}={value!r} should be a section with keys.")
+        return build(kind, dict(value), key + ".")
     if isinstance(kind, types.UnionType):  # "X | None"
         if value is None:
             return None
         kind = next(member for member in typing.get_args(kind) if member is not type(None))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    _require(
+    require(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
         f"{key}={value!r} should be of type {kind.__name__}, not {type(value).__name__}.",
     )
@@ -558,5 +454,5 @@ def to_json(config) -> dict:
 
 
 def from_json(cls: type, fields: dict):
-    """Rebuilds a dataclass of this module from `to_json`'s result; raises ConfigError as `parse` does."""
-    return _build(cls, fields, "")
+    """Rebuilds a dataclass of this module from `to_json`'s result; raises ConfigError as `build` does."""
+    return build(cls, fields, "")

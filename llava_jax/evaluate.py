@@ -23,6 +23,7 @@ flags.mark_flags_as_required(["model", "questions", "image_folder"])
 
 
 def main() -> None:
+    """Prints the accuracies."""
     print(f"llava_jax: reading {MODEL.value}", flush=True)
 
     from llava_jax.config import EvaluateConfig

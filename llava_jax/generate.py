@@ -21,6 +21,7 @@ flags.mark_flags_as_required(["model", "prompt"])
 
 
 def main() -> None:
+    """Prints the answer to the prompt."""
     print(f"llava_jax: reading {MODEL.value}", flush=True)
 
     from llava_jax.data.images import load_image, preprocess

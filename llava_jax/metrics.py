@@ -61,6 +61,7 @@ class Progress:
 
 
 def format_seconds(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
@@ -74,6 +75,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data) -> None:
+    """Writes indented JSON, atomically."""
     write_atomically(path, json.dumps(data, indent=2) + "\n")
 
 

@@ -4,8 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from llava_jax.config import Config, Recipe
+from llava_jax.config import Config
 from llava_jax.metrics import plot_loss, write_atomically, write_json
+from llava_jax.recipe import Recipe
 
 
 def write_training(workdir: Path, results: dict[str, dict], rows: list[dict]) -> None:

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import IO
 
-from llava_jax.config import Config, Recipe, to_json
+from llava_jax.config import Config, to_json
 from llava_jax.errors import CheckpointError, ConfigError, InUseError
 from llava_jax.metrics import write_json
+from llava_jax.recipe import Recipe
 from llava_jax.weights import RUN_FORMAT
 
 # Settings that may differ when a run is continued: they change neither samples nor weights.

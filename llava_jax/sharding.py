@@ -89,6 +89,7 @@ def state_shardings(mesh: Mesh, state):
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 

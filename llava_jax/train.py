@@ -20,7 +20,9 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    from llava_jax.config import ConfigError, parse
+    """Trains the recipe of the flags."""
+    from llava_jax.config import ConfigError
+    from llava_jax.recipe import parse
 
     try:
         recipe = parse(CONFIG.value)

@@ -6,7 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from llava_jax import report
-from llava_jax.config import Config, ConfigError, Recipe
+from llava_jax.config import Config, ConfigError
 from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
@@ -14,6 +14,7 @@ from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import MetricsLog
+from llava_jax.recipe import Recipe
 from llava_jax.run_directory import open_run_directory
 from llava_jax.sharding import make_mesh, num_row_shards
 from llava_jax.stage import Stage, train_stage

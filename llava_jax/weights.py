@@ -106,6 +106,7 @@ def _verified(name: str, leaf: Leaf, crc: int, path: Path) -> Leaf:
 
 
 def checksum(array: np.ndarray) -> int:
+    """CRC-32 of the array's bytes."""
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
 
 

@@ -8,8 +8,9 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes 
 
 import pytest
 
-from llava_jax.config import Config, default_config, parse
+from llava_jax.config import Config
 from llava_jax.quickstart.dataset import prepare
+from llava_jax.recipe import default_config, parse
 
 
 @pytest.fixture(scope="session")

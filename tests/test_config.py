@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    default_config,
-    from_json,
-    parse,
-    to_json,
-    vicuna,
-)
+from llava_jax.config import Config, ConfigError, ModelConfig, from_json, to_json
+from llava_jax.recipe import default_config, parse, vicuna
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 

@@ -7,19 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.config import (
-    Config,
-    ConfigError,
-    MeshConfig,
-    ModelConfig,
-    TextConfig,
-    VisionConfig,
-    from_json,
-    vicuna,
-)
+from llava_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TextConfig, VisionConfig, from_json
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.optimizer import is_trainable, make_optimizer
+from llava_jax.recipe import vicuna
 from llava_jax.sharding import (
     constrain_rows,
     make_mesh,

@@ -32,7 +32,7 @@ def uses(path: Path, *names: str) -> list[str]:
 COMMANDS = ("train", "generate", "evaluate")
 # A file may import from its own line and the lines above it.
 FLOORS = (
-    ("__init__", "errors", "config", "metrics", "commands"),
+    ("__init__", "errors", "config", "recipe", "metrics", "commands"),
     ("kernels", "sharding"),
     ("models", "data", "optimizer"),
     ("convert", "step", "quickstart"),

@@ -8,6 +8,7 @@ inspect PATH                                         say what a directory holds
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     from llava_jax.errors import UserError
 
     logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
     try:
         return arguments.run(arguments, parser) or 0
     except (UserError, OSError) as error:

@@ -25,6 +25,7 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
+    """OpenAI's approximation of GELU, with which CLIP was trained."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -56,6 +57,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
+    """Two layers with the activation between."""
+
     def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
         self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)

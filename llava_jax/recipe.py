@@ -1,0 +1,113 @@
+"""Recipes: `ConfigDict`s from `configs/` in, one validated `Config` per training stage out.
+
+Nothing else in the project reads a `ConfigDict`.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from llava_jax.config import Config, TextConfig, build, one_of, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a config file asks for: stages to train in order, and what has to exist before the first."""
+
+    name: str
+    stages: dict[str, Config]  # the one stage of an ordinary recipe is called ""
+    prepare: Callable[[], None] | None = None
+
+    @property
+    def first(self) -> Config:
+        return next(iter(self.stages.values()))
+
+    @property
+    def last(self) -> Config:
+        return next(reversed(self.stages.values()))
+
+
+def default_config(*stages: str) -> ConfigDict:
+    """The schema's defaults, for a recipe to change.
+
+    With names of stages, the sections of STAGE_SECTIONS are found once per stage, under `stages.NAME`.
+    """
+    config = to_config_dict(Config())
+    if not stages:
+        return config
+    sections = {name: to_config_dict(Config()) for name in stages}
+    for key in STAGE_SECTIONS:
+        del config[key]
+    for key in config:
+        for section in sections.values():
+            del section[key]
+    config.stage_order = stages
+    config.stages = ConfigDict(sections)
+    return config
+
+
+STAGE_SECTIONS = ("data", "tune", "optimizer", "loss", "train", "checkpoint")
+
+
+def vicuna(size: str) -> ConfigDict:
+    """The `model.text` section of Vicuna v1.5: "7b" or "13b"."""
+    sizes = {
+        "7b": TextConfig(),
+        "13b": TextConfig(
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=40,
+        ),
+    }
+    one_of("The recipe's size", size, tuple(sizes))
+    return to_config_dict(sizes[size])
+
+
+def to_config_dict(config) -> ConfigDict:
+    """A dataclass of this module as a `ConfigDict` with the same keys."""
+    fields = {}
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            value = to_config_dict(value)
+        elif value is None:  # ml_collections must know the type of what a flag may put here
+            value = placeholder(next(k for k in typing.get_args(kind) if k is not types.NoneType))
+        fields[name] = value
+    return ConfigDict(fields, convert_dict=False)
+
+
+def parse(config_dict: ConfigDict) -> Recipe:
+    """Validates a recipe.
+
+    Two shapes are accepted: the keys of `Config`; or, with `stage_order` (names) and `stages` (name -> the
+    sections of STAGE_SECTIONS), several stages that share all other keys. Either may have `prepare`, a
+    function called before the first stage.
+
+    Raises ConfigError on an unknown key (naming the nearest), a wrong type, or values that cannot be.
+    """
+    fields = config_dict.to_dict()
+    prepare = fields.pop("prepare", None)
+    order = fields.pop("stage_order", None)
+    if order is None:
+        config = build(Config, fields, "")
+        return Recipe(config.name, {"": config}, prepare)
+    sections = fields.pop("stages")
+    require(
+        len(order) > 0 and sorted(order) == sorted(sections),
+        f"stage_order={tuple(order)} does not name each of stages={tuple(sections)} once.",
+    )
+    stages = {}
+    for name in order:
+        shared = {key: value for key, value in fields.items() if key not in STAGE_SECTIONS}
+        require(
+            shared.keys() == fields.keys(),
+            f"{', '.join(sorted(fields.keys() - shared.keys()))}: set per stage here, as stages.{name}.KEY.",
+        )
+        stages[name] = build(Config, shared | sections[name], f"stages.{name}.")
+    return Recipe(stages[order[0]].name, stages, prepare)
