@@ -68,18 +68,20 @@ class Generator:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """Continues token sequences int32[T], in which IMAGE_TOKEN stands for one image; returns the new tokens up to and
-        without the end token. temperature 0 is greedy; otherwise tokens are drawn from the smallest set of
-        probability top_p."""
+        """Continues token sequences int32[T], in which IMAGE_TOKEN stands for one image.
+
+        Returns the new tokens up to and without the end token, no more than the model's positions allow.
+        temperature 0 is greedy; otherwise tokens are drawn from the smallest set of probability top_p.
+        """
         sequences = [
             np.repeat(prompt, np.where(prompt == IMAGE_TOKEN, self.config.num_image_tokens, 1))
             for prompt in prompts
         ]
-        longest = max(len(sequence) for sequence in sequences) + max_new_tokens
-        if longest > self.config.text.max_position_embeddings:
+        room = self.config.text.max_position_embeddings - max(len(sequence) for sequence in sequences)
+        if room < 1:
             raise ConfigError(
-                f"Prompt and answer together take {longest} tokens, more than the model's "
-                f"{self.config.text.max_position_embeddings} positions; shorten the prompt or max_new_tokens."
+                f"The prompt takes {max(map(len, sequences))} tokens and leaves no room for an answer in the model's "
+                f"{self.config.text.max_position_embeddings} positions; shorten it."
             )
         batch = left_pad(sequences, images, self.config.vision.image_size)
         batch = jax.device_put(batch, replicated(self.mesh))
@@ -90,7 +92,7 @@ class Generator:
             temperature,
             top_p,
             graphdef=self.graphdef,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(max_new_tokens, room),
             eos_id=self.tokenizer.eos_id,
             sample=temperature > 0,
         )

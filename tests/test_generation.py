@@ -101,8 +101,13 @@ def generator(tiny_config):
 
 
 def test_prompts_that_leave_no_room_are_refused(generator):
-    with pytest.raises(ConfigError, match="more than the model's 256 positions"):
-        generator.answer(["What is this?"], [[]], max_new_tokens=250)
+    with pytest.raises(ConfigError, match="leaves no room for an answer in the model's 256 positions"):
+        generator.answer(["What is this? " * 100], [[]], max_new_tokens=1)
+
+
+def test_answers_end_where_the_positions_do(generator):
+    (tokens,) = generator.generate([np.full(250, 5)], [[]], max_new_tokens=100)
+    assert len(tokens) <= 6
 
 
 def test_every_question_is_answered_once_and_scored_per_kind(generator, shapes_dataset):
@@ -143,7 +148,10 @@ def test_blind_questions_see_another_picture(generator, shapes_dataset):
     ("content", "message"),
     [
         ('{"question_id": "1"', r"q.jsonl:1:20: broken JSON"),
-        ('\n{"question_id": "1", "image": "a.png", "text": "?"}', "q.jsonl:2: a question needs text under answer, kind"),
+        (
+            '\n{"question_id": "1", "image": "a.png", "text": "?"}',
+            "q.jsonl:2: a question needs text under answer, kind",
+        ),
         ("[1]", "a question needs text under question_id"),
         ("", "there is no question"),
     ],
