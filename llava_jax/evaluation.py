@@ -139,7 +139,10 @@ def draw_samples(answered: list[dict], image_folder: str, path: Path, count: int
         axis.imshow(load_image(folder.locate(row["image"])))
         right = row["prediction"] == row["answer"].strip()
         axis.set_title(
-            f"{row['text']}\nmodel: {row['prediction']}\ntruth: {row['answer']}",
+            "\n".join(
+                _printable(line)
+                for line in (row["text"], f"model: {row['prediction']}", f"truth: {row['answer']}")
+            ),
             fontsize=8,
             color="darkgreen" if right else "darkred",
             parse_math=False,
@@ -148,3 +151,8 @@ def draw_samples(answered: list[dict], image_folder: str, path: Path, count: int
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _printable(text: str) -> str:
+    """`text` without characters that a font cannot show; an untrained model may say anything."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -90,7 +90,7 @@ def test_large_models_are_sharded_with_an_index(llava_hf, tmp_path):
 
 def test_layouts_refuse_models_that_they_cannot_express(tmp_path):
     model, arrays = random_source(projector_type="linear")
-    with pytest.raises(ConversionError, match=r"'linear'.*--layout=llava"):
+    with pytest.raises(ConversionError, match=r"'linear'.*choose the layout llava"):
         write_hf(tmp_path / "x", layout="llava-hf", model=model, read=arrays.__getitem__)
     model, arrays = random_source()
     model = dataclasses.replace(model, text=dataclasses.replace(model.text, attention_bias="qkv"))
