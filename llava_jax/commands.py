@@ -40,6 +40,8 @@ def _summary(error: Exception) -> str:
         message = str(
             ast.literal_eval(message)
         )  # a KeyError's message: quoted, with its line ends spelled out
+    if isinstance(error, KeyError) and message.isidentifier():
+        return f"The recipe has no setting {message!r}. In a recipe of several stages it may be stages.NAME.{message}."
     return " ".join(message.split())
 
 

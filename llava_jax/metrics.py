@@ -39,14 +39,17 @@ class Progress:
     def __init__(self, stage: str, num_steps: int, first_step: int):
         self.label = f"{stage} " if stage else ""
         self.num_steps = num_steps
-        self.first_step = first_step
-        self.start = time.monotonic()
+        self.since = first_step, time.monotonic()
+        self.compiled = False
         self.in_place = sys.stdout.isatty()
 
     def show(self, row: dict) -> None:
-        done = row["step"] - self.first_step
-        seconds = time.monotonic() - self.start
-        eta = seconds / max(1, done) * (self.num_steps - row["step"])
+        step, start = self.since
+        seconds_per_step = (time.monotonic() - start) / max(1, row["step"] - step)
+        eta = seconds_per_step * (self.num_steps - row["step"])
+        if not self.compiled:  # the first row holds the compilation; later rows do not count it
+            self.compiled = True
+            self.since = row["step"], time.monotonic()
         line = (
             f"{self.label}step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  "
             f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s  "

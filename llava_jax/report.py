@@ -49,7 +49,7 @@ def write_model_card(workdir: Path, recipe: Recipe, summaries: dict[str, dict]) 
         f"{model.vision.patch_size}), projector `{model.projector_type}`, decoder of {model.text.num_hidden_layers} "
         f"layers and width {model.text.hidden_size}. Trained with llava_jax; every setting is in `config.json`.",
         "",
-        "| stage | data | samples | template | trains | steps | batch | learning rate | loss |",
+        "| stage | data | samples | template | trains | steps | batch | learning rate | mean loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     stages = results.get("stages", {}) | {list(recipe.stages)[-1]: results}
