@@ -16,6 +16,7 @@ from llava_jax import trainer
 from llava_jax.checkpoint import Checkpoints, SavedParameters, saved_steps
 from llava_jax.convert.opening import open_model
 from llava_jax.errors import CheckpointError, ConfigError, DataError, DivergedError, InUseError
+from llava_jax.generation import load_generator
 from llava_jax.recipe import STAGE_SECTIONS, default_config, parse
 from llava_jax.run_directory import open_run_directory
 from llava_jax.sharding import make_mesh
@@ -419,3 +420,25 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(
     with pytest.raises(error, match=message):
         trainer.run(parse(tiny_recipe), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("record", "max_length", "message"),
+    [
+        ({"images": ["a.png"], "question": "<image>\nWhat?"}, 192, "has <image>, but it names no image"),
+        ({"question": "What? " * 100}, 64, "nothing is left to learn: data.max_length=64"),
+    ],
+)
+def test_data_that_would_teach_nothing_is_refused(tiny_recipe, tmp_path, record, max_length, message):
+    turns = [{"from": "human", "value": record.pop("question")}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "records.json").write_text(json.dumps([record | {"conversations": turns}]))
+    tiny_recipe.data.update(path=str(tmp_path / "records.json"), max_length=max_length)
+    with pytest.raises(DataError, match=message):
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+
+
+def test_a_generator_takes_as_many_devices_as_share_the_model_evenly(tiny_recipe, tmp_path):
+    trainer.run(parse(tiny_recipe), tmp_path)
+    generator = load_generator(str(tmp_path), dtype="float32")  # widths 32 and 24 on 8 devices
+    assert dict(generator.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert generator.answer(["What is this?"], [[]], max_new_tokens=2)
