@@ -125,8 +125,13 @@ class ModelConfig:
     projector_type: str = "mlp2x_gelu"  # linear, identity, mlp{N}x_gelu
     select_layer: int = -2  # index into CLIP's hidden states; 0 is the embeddings
     select_feature: str = "patch"  # cls_patch keeps the class token
+    # Only for data.image_aspect_ratio="anyres": the sizes (width, height) that an image may be tiled to,
+    # and how the features of its tiles are laid out.
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    patch_merge_type: str = "flat"  # spatial, spatial_unpad (cuts padding off, ends rows with image_newline)
 
     def __post_init__(self):
+        one_of("model.patch_merge_type", self.patch_merge_type, ("flat", "spatial", "spatial_unpad"))
         assert self.projector_depth >= 0  # raises on an unknown type
         one_of("model.select_feature", self.select_feature, ("patch", "cls_patch"))
         states = self.vision.num_hidden_layers + 1
@@ -189,21 +194,91 @@ class InitConfig:
 class DataConfig:
     """What is read and how it becomes batches."""
 
-    path: str = ""  # LLaVA JSON (a list) or JSONL
+    path: str = ""  # LLaVA JSON (a list) or JSONL; several files with commas between
+    dataset: str = ""  # instead of path: names, with commas between, of dataset_dir/dataset_info.json
+    dataset_dir: str = "data"
     image_folder: str = ""
+    weights: tuple[float, ...] = ()  # how often each file's samples are taken per epoch; (): once
+    max_samples: int | None = None  # of each file, its first
+    val_size: float = 0.0  # kept out of training for evaluation: a share if below 1, else a count
+    eval_path: str = ""  # or a file of its own to evaluate on
+    on_bad_sample: str = "error"  # or "skip": another takes its place, and the run tells which
+    max_bad_share: float = 0.01  # with "skip", more bad samples than this are an error
+
     template: str = "v1"
-    image_aspect_ratio: str = "pad"  # pad, square
-    max_length: int = 2048  # tokens per row, image placeholders included
+    mask: str = "assistant"  # what is learnt: assistant, last_answer, everything, original
+    mm_use_im_start_end: bool = False  # <im_start> and <im_end> around every image
+    max_length: int = 2048  # tokens per sample, image placeholders included
     too_long: str = "truncate"  # or "error"
+
+    image_aspect_ratio: str = "pad"  # pad, square, anyres
+    image_max_pixels: int | None = None  # larger images are shrunk to this area first
+    image_min_pixels: int | None = None
+    video_frames: int = 8  # of a video, evenly spread
+    video_max_pixels: int | None = None  # per frame
+    fast_decode: bool = False  # shrinks JPEGs while decoding; pixels then differ a little
+
     batch_size: int = 128  # rows per optimizer step, over all devices and accumulation
     shuffle: bool = True
+    group_by_modality_length: bool = False  # a step holds samples with or without images, alike in length
+    packing: bool = False  # several samples per row, isolated from each other
+    row_length: int | None = None  # tokens per packed row; None: 4 x max_length
+    max_images_per_row: int | None = None  # image slots of a packed row; None: what the data needs
+
     num_threads: int = 16  # reading and resizing images
+    cache_dir: str = "~/.cache/llava_jax"  # where measured lengths are kept; "": nowhere
+    overwrite_cache: bool = False
 
     def __post_init__(self):
-        one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("pad", "square"))
+        require(
+            not (self.path and self.dataset),
+            f"data.path={self.path!r} and data.dataset={self.dataset!r} both say what to read; set one.",
+        )
+        require(
+            not (self.val_size and self.eval_path),
+            f"data.val_size={self.val_size:g} and data.eval_path={self.eval_path!r} both say what to evaluate on; set one.",
+        )
+        require(
+            self.val_size >= 0 and (self.val_size < 1 or self.val_size == int(self.val_size)),
+            f"data.val_size={self.val_size:g} must be a share below 1 or a whole number of samples.",
+        )
+        require(
+            all(0 < weight < math.inf for weight in self.weights),
+            f"data.weights={self.weights} must be positive.",
+        )
+        one_of("data.on_bad_sample", self.on_bad_sample, ("error", "skip"))
+        one_of("data.mask", self.mask, ("assistant", "last_answer", "everything", "original"))
+        one_of("data.image_aspect_ratio", self.image_aspect_ratio, ("pad", "square", "anyres"))
         one_of("data.too_long", self.too_long, ("truncate", "error"))
-        require(self.batch_size > 0, f"data.batch_size={self.batch_size} must be positive.")
+        require(0 <= self.max_bad_share <= 1, f"data.max_bad_share={self.max_bad_share} is a share: 0 to 1.")
+        _positive("data", self, "batch_size", "video_frames")
+        for key in (
+            "max_samples",
+            "image_max_pixels",
+            "image_min_pixels",
+            "video_max_pixels",
+            "max_images_per_row",
+        ):
+            if getattr(self, key) is not None:
+                _positive("data", self, key)
+        require(
+            not (self.image_min_pixels and self.image_max_pixels)
+            or self.image_min_pixels <= self.image_max_pixels,
+            f"data.image_min_pixels={self.image_min_pixels} exceeds data.image_max_pixels={self.image_max_pixels}.",
+        )
         require(self.max_length > 1, f"data.max_length={self.max_length} must be at least 2.")
+        require(
+            not (self.packing and self.group_by_modality_length),
+            "data.packing mixes samples within a row, data.group_by_modality_length keeps them apart; set one.",
+        )
+        require(
+            self.packing or (self.row_length is None and self.max_images_per_row is None),
+            "data.row_length and data.max_images_per_row are about packed rows; set data.packing=True.",
+        )
+        require(
+            self.row_length is None or self.row_length >= self.max_length,
+            f"data.row_length={self.row_length} must hold the longest sample, data.max_length={self.max_length}.",
+        )
         require(self.num_threads >= 0, f"data.num_threads={self.num_threads} must not be negative.")
 
 
@@ -439,6 +514,16 @@ def _convert(kind, value, key: str):
         if value is None:
             return None
         kind = next(member for member in typing.get_args(kind) if member is not type(None))
+    if typing.get_origin(kind) is tuple:
+        require(isinstance(value, list | tuple), f"{key}={value!r} should be a tuple.")
+        members = typing.get_args(kind)
+        if members[-1] is ...:
+            members = members[:1] * len(value)
+        require(len(members) == len(value), f"{key}={value!r} should have {len(members)} members.")
+        return tuple(
+            _convert(member, part, f"{key}[{index}]")
+            for index, (member, part) in enumerate(zip(members, value, strict=True))
+        )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     require(

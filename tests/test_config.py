@@ -93,7 +93,10 @@ def test_unknown_keys_answer_with_the_nearest_name(section, key, hint):
         ({"model.vision.patch_size": 0}, "vision.patch_size=0 must be a positive number"),
         ({"model.text.rope_scaling.factor": 0.0}, "rope_scaling.factor=0.0 must be a positive number"),
         ({"model.projector_type": "mlp\u00b2x_gelu"}, "is not one of"),
-        ({"data.image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres' is not one of 'pad', 'square'"),
+        (
+            {"data.image_aspect_ratio": "stretch"},
+            "image_aspect_ratio='stretch' is not one of 'pad', 'square', 'anyres'",
+        ),
         ({"data.max_length": 8192}, "max_length=8192 exceeds .*max_position_embeddings=4096"),
         ({"data.max_length": 500}, "One image takes 576 tokens"),
         ({"train.accumulation_steps": 3}, "batch_size=128 is not a multiple of train.accumulation_steps=3"),

@@ -18,15 +18,28 @@ def test_rows_behind_a_checkpoint_are_forgotten_for_their_stage_only(tmp_path):
 
 def test_progress_prints_plain_lines_when_not_on_a_terminal(capsys):
     progress = Progress("pretrain", num_steps=20, first_step=0)
-    row = {"step": 10, "loss": 1.23456, "learning_rate": 2e-5, "tokens_per_second": 12345.6, "images_per_second": 7.0}
+    row = {
+        "step": 10,
+        "loss": 1.23456,
+        "learning_rate": 2e-5,
+        "tokens_per_second": 12345.6,
+        "images_per_second": 7.0,
+    }
     progress.show(row)
     line = capsys.readouterr().out
-    assert line.startswith("pretrain step 10/20  loss 1.2346  lr 2.00e-05  12,346 tokens/s  7 images/s  ETA 0:00:0")
+    assert line.startswith(
+        "pretrain step 10/20  loss 1.2346  lr 2.00e-05  12,346 tokens/s  7 images/s  ETA 0:00:0"
+    )
     assert line.endswith("\n") and "\r" not in line
 
 
 def test_durations_are_hours_minutes_seconds():
-    assert [format_seconds(s) for s in (0, 59.6, 3599, 90061)] == ["0:00:00", "0:01:00", "0:59:59", "25:01:01"]
+    assert [format_seconds(s) for s in (0, 59.6, 3599, 90061)] == [
+        "0:00:00",
+        "0:01:00",
+        "0:59:59",
+        "25:01:01",
+    ]
 
 
 def test_smoothing_starts_at_the_first_value():
@@ -42,7 +55,9 @@ def test_files_are_replaced_whole(tmp_path):
 
 
 def test_the_loss_plot_has_a_panel_per_stage(tmp_path):
-    rows = [{"stage": stage, "step": step, "loss": 1 / step} for stage in ("one", "two") for step in range(1, 5)]
+    rows = [
+        {"stage": stage, "step": step, "loss": 1 / step} for stage in ("one", "two") for step in range(1, 5)
+    ]
     plot_loss(rows, tmp_path / "loss.png")
     plot_loss(rows[:4], tmp_path / "one.png")
     assert (tmp_path / "loss.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 1000

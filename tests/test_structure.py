@@ -57,11 +57,15 @@ def test_the_nevers(path):
     assert uses(path, "torch", "tensorflow") == []
     assert uses(path, *(f"llava_jax.{name}" for name in COMMANDS)) == []
     if room(path) == "models":
-        assert uses(path, *(f"llava_jax.{name}" for name in ("data", "sharding", "checkpoint", "convert"))) == []
+        assert (
+            uses(path, *(f"llava_jax.{name}" for name in ("data", "sharding", "checkpoint", "convert"))) == []
+        )
     if room(path) == "data":
         assert uses(path, "jax", "flax", "llava_jax.models", "llava_jax.convert", "transformers") == []
     if room(path) != "sharding":
         assert not re.search(r"""["'](fsdp|tensor)["']""", path.read_text()), "a mesh axis is spelled here"
     if room(path) != "convert":
-        assert not re.search(r"embed_tokens\.weight|multi_modal_projector\.linear_\d\.weight", path.read_text())
+        assert not re.search(
+            r"embed_tokens\.weight|multi_modal_projector\.linear_\d\.weight", path.read_text()
+        )
     assert path.stem not in ("utils", "common", "helpers", "misc")

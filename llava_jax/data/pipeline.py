@@ -162,7 +162,9 @@ class Pipeline:
                 record.turns, self._template, self._tokenizer, num_images=len(record.images)
             )
             if not record.images and any(PLACEHOLDER in text for _, text in record.turns):
-                raise DataError(f"its text has {PLACEHOLDER}, but it names no image; add 'image' or take that out.")
+                raise DataError(
+                    f"its text has {PLACEHOLDER}, but it names no image; add 'image' or take that out."
+                )
             found = np.count_nonzero(tokens == IMAGE_TOKEN)
             if found != len(record.images):
                 raise DataError(
