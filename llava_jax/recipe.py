@@ -36,10 +36,10 @@ def default_config(*stages: str) -> ConfigDict:
 
     With names of stages, the sections of STAGE_SECTIONS are found once per stage, under `stages.NAME`.
     """
-    config = to_config_dict(Config())
+    config = _with_aliases(to_config_dict(Config()))
     if not stages:
         return config
-    sections = {name: to_config_dict(Config()) for name in stages}
+    sections = {name: _with_aliases(to_config_dict(Config())) for name in stages}
     for key in STAGE_SECTIONS:
         del config[key]
     for key in config:
@@ -51,6 +51,21 @@ def default_config(*stages: str) -> ConfigDict:
 
 
 STAGE_SECTIONS = ("data", "tune", "optimizer", "loss", "train", "checkpoint")
+_DATA_ALIASES = {"cutoff_len": "max_length"}  # LLaMA-Factory's name: ours
+
+
+def _with_aliases(config: ConfigDict) -> ConfigDict:
+    """`config`, where an alias and the key it stands for are one value: setting either sets both."""
+    for alias, key in _DATA_ALIASES.items():
+        config.data[alias] = config.data.get_ref(key)
+    return config
+
+
+def _without_aliases(section: dict) -> dict:
+    data = section.get("data")
+    if not isinstance(data, dict):
+        return section
+    return section | {"data": {key: value for key, value in data.items() if key not in _DATA_ALIASES}}
 
 
 def vicuna(size: str) -> ConfigDict:
@@ -95,7 +110,7 @@ def parse(config_dict: ConfigDict) -> Recipe:
     prepare = fields.pop("prepare", None)
     order = fields.pop("stage_order", None)
     if order is None:
-        config = build(Config, fields, "")
+        config = build(Config, _without_aliases(fields), "")
         return Recipe(config.name, {"": config}, prepare)
     sections = fields.pop("stages")
     require(
@@ -109,5 +124,5 @@ def parse(config_dict: ConfigDict) -> Recipe:
             shared.keys() == fields.keys(),
             f"{', '.join(sorted(fields.keys() - shared.keys()))}: set per stage here, as stages.{name}.KEY.",
         )
-        stages[name] = build(Config, shared | sections[name], f"stages.{name}.")
+        stages[name] = build(Config, shared | _without_aliases(sections[name]), f"stages.{name}.")
     return Recipe(stages[order[0]].name, stages, prepare)

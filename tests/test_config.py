@@ -189,3 +189,12 @@ def test_recipes_hold_the_published_values():
 def test_an_unknown_size_is_refused():
     with pytest.raises(ConfigError, match="'70b' is not one of '7b', '13b'"):
         vicuna("70b")
+
+
+def test_cutoff_len_is_another_name_of_max_length():
+    config = default_config()
+    config.data.cutoff_len = 1024
+    assert parse(config).stages[""].data.max_length == 1024
+    staged = default_config("pretrain", "finetune")
+    staged.stages.finetune.data.cutoff_len = 1024
+    assert [stage.data.max_length for stage in parse(staged).stages.values()] == [2048, 1024]
