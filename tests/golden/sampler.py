@@ -25,7 +25,9 @@ def _compare(case: dict) -> str | None:
 
     def replay(size: int) -> list[int]:
         drawn = permutations.pop(0) if permutations else {"n": 0, "perm": []}
-        assert drawn["n"] == size, f"asked for a permutation of {size}, where the original drew one of {drawn['n']}"
+        assert drawn["n"] == size, (
+            f"asked for a permutation of {size}, where the original drew one of {drawn['n']}"
+        )
         return drawn["perm"]
 
     try:
