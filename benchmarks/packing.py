@@ -24,7 +24,7 @@ SAMPLES_PER_STEP = RANKS * ROWS_PER_RANK
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source of llava_v1_5_mix665k (table 7 of the LLaVA-1.5 paper, arXiv:2310.03744).
+    """One source of llava_v1_5_mix665k (data mixture of the LLaVA-1.5 paper, arXiv:2310.03744).
 
     The number of samples is published. The rest is estimated from how the sources are written: rounds per sample
     from lowest to highest (uniform), and words of a round, question and answer, as mean and deviation.
