@@ -89,3 +89,58 @@ def test_samples_are_padded_on_the_right():
         "segment_ids": np.int32,
         "images": np.uint8,
     }
+
+
+def sample(*tokens, images=0, feature_ids=None):
+    """Everything is labelled; the pixels of image i are the sample's first token plus i."""
+    pixels = np.zeros((images, 2, 2, 3), int) + max(tokens[0], 0) + np.arange(images)[:, None, None, None]
+    ids = None if feature_ids is None else np.array(feature_ids, np.int32)
+    return Sample(np.array(tokens, np.int32), np.array(tokens, np.int32), pixels.astype(np.uint8), ids)
+
+
+def test_samples_of_a_row_follow_each_other_as_segments():
+    rows = [
+        [sample(10, 11, 12, images=1), sample(20, 21), sample(30, 31, images=2)],
+        None,
+        [sample(40, 41)],
+        [],
+    ]
+    batch = collate(rows, length=8, num_images=3, image_size=2)
+    empty = [0] * 8
+    assert batch["tokens"].tolist() == [
+        [10, 11, 12, 20, 21, 30, 31, 0],
+        empty,
+        [40, 41, 0, 0, 0, 0, 0, 0],
+        empty,
+    ]
+    assert batch["positions"].tolist()[0] == [0, 1, 2, 0, 1, 0, 1, 0]
+    assert batch["segment_ids"].tolist()[0] == [1, 1, 1, 2, 2, 3, 3, 0]
+    assert batch["images"][:, :, 0, 0, 0].tolist() == [[10, 30, 31], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert "feature_ids" not in batch
+
+
+def test_no_token_is_learnt_from_another_sample():
+    batch = collate([[sample(10, 11), sample(20, 21, 22)]], length=6, num_images=0, image_size=2)
+    assert batch["labels"].tolist() == [[-100, 11, -100, 21, 22, -100]]
+
+
+def test_feature_ids_count_over_the_images_of_the_row():
+    rows = [
+        [
+            sample(5, -200, -200, images=2, feature_ids=[0, 7, -1]),
+            sample(6, 6),
+            sample(-200, -200, 8, images=1, feature_ids=[3, -1, 0]),
+        ],
+        None,
+    ]
+    batch = collate(rows, length=9, num_images=3, image_size=2, features_per_image=4)
+    assert batch["feature_ids"].dtype == np.int32
+    at_images = batch["tokens"] == -200
+    assert batch["feature_ids"][at_images].tolist() == [7, -1, 2 * 4 + 3, -1]
+
+
+def test_rows_that_disagree_about_feature_ids_are_refused():
+    with pytest.raises(AssertionError, match="lacks feature_ids"):
+        collate([[sample(5, images=1)]], length=4, num_images=1, image_size=2, features_per_image=4)
+    with pytest.raises(AssertionError, match="need features_per_image"):
+        collate([[sample(5, images=1, feature_ids=[0])]], length=4, num_images=1, image_size=2)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {
     "A_tokenize": ROOT / "../shared/golden/A_tokenize",
     "B_images": ROOT / "../shared/golden/B_images",
+    "C_sampler": ROOT / "tests/data/C_sampler",
     "D_model": ROOT / "tests/data/D_model",
     "E_train": ROOT / "tests/data/E_train",
 }

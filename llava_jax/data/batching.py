@@ -1,23 +1,28 @@
-"""Which samples a step takes, and how they become arrays of few different shapes."""
+"""From samples to arrays of few different shapes: the order of an epoch, rows, padding."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
+from llava_jax.data import shuffling
 from llava_jax.data.conversation import IGNORE
 
 PADDING = -1  # the sample id of an empty row
-_EPOCH_SHUFFLE = 1  # sets this use of the seed apart from others
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One row, ready to be padded: tokens and labels int32[T], images uint8[M, H, W, 3]."""
+    """One sample, ready for a row: tokens and labels int32[T], images uint8[M, H, W, 3].
+
+    feature_ids int32[T], where images are laid out otherwise than one after the other: at an image placeholder
+    the feature it takes, counted over the sample's own images, or -1 for a newline; anything at text.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
     images: np.ndarray
+    feature_ids: np.ndarray | None = None
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -29,9 +34,7 @@ def epoch_order(epoch: int, *, num_samples: int, seed: int, shuffle: bool) -> np
     """The order of an epoch's samples int64[num_samples]; a function of the arguments alone."""
     if not shuffle:
         return np.arange(num_samples)
-    bits = np.random.Philox(np.random.SeedSequence((seed, _EPOCH_SHUFFLE, epoch)))
-    # Sorting raw random bits is specified down to the bit; Generator.permutation may change with numpy.
-    return np.argsort(bits.random_raw(num_samples), kind="stable")
+    return shuffling.permutation(num_samples, seed, shuffling.EPOCH, epoch)
 
 
 def sample_ids(step: int, *, order: np.ndarray, batch_size: int) -> np.ndarray:
@@ -77,28 +80,56 @@ def _next_power_of_two(number: int) -> int:
 
 
 def collate(
-    samples: Sequence[Sample | None], *, length: int, num_images: int, image_size: int
+    rows: Sequence[Sequence[Sample] | Sample | None],
+    *,
+    length: int,
+    num_images: int,
+    image_size: int,
+    features_per_image: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pads samples on the right into a batch; None is an empty row.
+    """Lays out the samples of each row one after the other, padded on the right; None is an empty row.
 
     -> tokens, labels, positions, segment_ids int32[B, length]; images uint8[B, num_images, H, W, 3].
-    Padding has token 0, label IGNORE, position 0 and segment 0; real tokens are segment 1.
+    A row's samples are segments 1, 2, 3, ..., each with positions from 0, so that they do not see each other;
+    its images are theirs in order. Padding has token 0, label IGNORE, position 0 and segment 0. The first label
+    of a sample is IGNORE, for the token before it is another sample's.
+
+    With `features_per_image`, the number of features that the model makes of one image, also feature_ids
+    int32[B, length]: the samples' own, counted over all images of the row. A sample without images may lack them.
     """
-    shape = (len(samples), length)
+    shape = (len(rows), length)
     batch = {
         "tokens": np.zeros(shape, np.int32),
         "labels": np.full(shape, IGNORE, np.int32),
         "positions": np.zeros(shape, np.int32),
         "segment_ids": np.zeros(shape, np.int32),
-        "images": np.zeros((len(samples), num_images, image_size, image_size, 3), np.uint8),
+        "images": np.zeros((len(rows), num_images, image_size, image_size, 3), np.uint8),
     }
-    for row, sample in enumerate(samples):
-        if sample is None:
-            continue
-        used = slice(len(sample.tokens))
-        batch["tokens"][row, used] = sample.tokens
-        batch["labels"][row, used] = sample.labels
-        batch["positions"][row, used] = np.arange(len(sample.tokens))
-        batch["segment_ids"][row, used] = 1
-        batch["images"][row, : len(sample.images)] = sample.images
+    if features_per_image is not None:
+        batch["feature_ids"] = np.zeros(shape, np.int32)
+    for number, row in enumerate(rows):
+        samples = (row,) if isinstance(row, Sample) else row or ()
+        _fill_row({key: array[number] for key, array in batch.items()}, samples, features_per_image)
     return batch
+
+
+def _fill_row(row: dict[str, np.ndarray], samples: Sequence[Sample], features_per_image: int | None) -> None:
+    """Writes samples into one row of a batch."""
+    begin = first_image = 0
+    for segment, sample in enumerate(samples, start=1):
+        place = slice(begin, begin + len(sample.tokens))
+        row["tokens"][place] = sample.tokens
+        row["labels"][place] = sample.labels
+        row["labels"][place.start] = IGNORE
+        row["positions"][place] = np.arange(len(sample.tokens))
+        row["segment_ids"][place] = segment
+        row["images"][first_image : first_image + len(sample.images)] = sample.images
+        if sample.feature_ids is not None:
+            assert features_per_image is not None, "feature_ids need features_per_image"
+            shift = first_image * features_per_image
+            row["feature_ids"][place] = np.where(sample.feature_ids < 0, -1, sample.feature_ids + shift)
+        else:
+            assert features_per_image is None or not len(sample.images), (
+                "a sample with images lacks feature_ids"
+            )
+        begin, first_image = place.stop, first_image + len(sample.images)

@@ -10,7 +10,13 @@ from pathlib import Path
 
 from tests.golden import Skipped
 
-SETS = {"A_tokenize": "tokenize", "B_images": "images", "D_model": "model", "E_train": "training"}
+SETS = {
+    "A_tokenize": "tokenize",
+    "B_images": "images",
+    "C_sampler": "sampler",
+    "D_model": "model",
+    "E_train": "training",
+}
 DEFAULT_TOKENIZER = Path("../shared/tokenizer/llama/tokenizer.model")
 DIFFERENCES_SHOWN = 5
 
