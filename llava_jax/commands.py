@@ -5,8 +5,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
+
+if TYPE_CHECKING:
+    from llava_jax.recipe import Recipe
 
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 
@@ -17,6 +21,19 @@ def run_command(main: Callable[[], None]) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
     logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout
     app.run(lambda _: _end_with_errors(main), flags_parser=_parse_flags)
+
+
+def read_recipe(flag: flags.FlagHolder) -> "Recipe":
+    """The recipe of a --config flag, validated."""
+    from llava_jax.config import ConfigError
+    from llava_jax.recipe import parse
+
+    try:
+        return parse(flag.value)
+    except OSError as error:  # ml_collections tells only now that it could not load the file
+        raise ConfigError(
+            f"The recipe cannot be loaded: {str(error).strip().splitlines()[-1].strip()}"
+        ) from error
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -63,6 +63,25 @@ class Progress:
             print(line, flush=True)
 
 
+class Counter:
+    """A line that tells how far a count has come, once it takes longer than a few seconds."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.told = self.start = time.monotonic()
+        self.in_place = sys.stdout.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        every = 0.5 if self.in_place else 10.0
+        if now - self.told < every and not (done == total and self.told > self.start):
+            return
+        self.told = now
+        eta = (now - self.start) / done * (total - done)
+        line = f"{self.label} {done:,} of {total:,}  ETA {format_seconds(eta)}"
+        print(f"\r{line:<79}" if self.in_place else line, end="" if self.in_place and done < total else "\n", flush=True)
+
+
 def format_seconds(seconds: float) -> str:
     """Hours, minutes and seconds, as in 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -102,9 +121,8 @@ def plot_loss(rows: list[dict], path: Path) -> None:
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), squeeze=False)
     for stage, axis in zip(stages, axes[0], strict=True):
-        steps, losses = zip(
-            *((row["step"], row["loss"]) for row in rows if row.get("stage", "") == stage), strict=True
-        )
+        mine = [row for row in rows if row.get("stage", "") == stage and "loss" in row]
+        steps, losses = zip(*((row["step"], row["loss"]) for row in mine), strict=True)
         axis.plot(steps, losses, alpha=0.35, label="loss")
         axis.plot(steps, smooth(list(losses)), label="smoothed")
         axis.set(title=stage or "training loss", xlabel="step", ylabel="loss")

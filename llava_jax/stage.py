@@ -1,6 +1,7 @@
 """Trains one stage: from weights and data to a saved state, or on from where an earlier run stopped."""
 
 import dataclasses
+import json
 import math
 import time
 from functools import partial
@@ -17,11 +18,10 @@ from llava_jax.config import Config
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError, DivergedError
-from llava_jax.metrics import MetricsLog, Progress
-from llava_jax.models.llava import IMAGE_TOKEN
+from llava_jax.metrics import MetricsLog, Progress, write_atomically
 from llava_jax.optimizer import MODULES, is_trainable, learning_rates, make_optimizer, make_schedule
 from llava_jax.sharding import constrain_rows, parameter_sharding, place_batch, replicated, state_shardings
-from llava_jax.step import TrainState, abstract_model, make_train_step, model_settings
+from llava_jax.step import TrainState, abstract_model, make_eval_step, make_train_step, model_settings
 from llava_jax.weights import before_stage, load
 
 
@@ -32,6 +32,7 @@ class Stage:
     name: str
     config: Config
     pipeline: Pipeline
+    evaluation: Pipeline | None  # data that is kept out of training, for the loss at the end of the stage
     checkpoints: Path
 
     @property
@@ -88,10 +89,24 @@ def _train(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog, chec
         batch = next(batches)
         data_wait = time.monotonic() - before
         state, metrics = train_step(state, frozen, place_batch(mesh, batch))
-        recorder.add(step, batch, metrics, data_wait)
+        recorder.add(step, metrics, data_wait)
         if step % config.checkpoint.save_steps == 0 or step == stage.num_steps:
             recorder.flush()  # a run that continues from here has told all that came before
             checkpoints.save(state, {"step": step} | meta)
+    if stage.evaluation:
+        loss = _evaluation_loss(stage.evaluation, graphdef, config, state.trainable | frozen, mesh)
+        recorder.log_evaluation(stage.num_steps, loss)
+
+
+def _evaluation_loss(data: Pipeline, graphdef, config: Config, parameters: dict, mesh: Mesh) -> float:
+    """The mean loss of all supervised tokens of an epoch."""
+    eval_step = jax.jit(make_eval_step(graphdef, config.loss))
+    total, count = 0.0, 0
+    for batch in data.iterate(0, data.steps_per_epoch):
+        step_total, step_count = eval_step(parameters, place_batch(mesh, batch))
+        total += float(step_total)
+        count += int(step_count)
+    return total / max(1, count)
 
 
 def _new_state(trainable: dict[str, jax.Array], optimizer, mesh: Mesh) -> TrainState:
@@ -134,10 +149,13 @@ def _print_plan(stage: Stage, weights: ModelSource, saved_step: int | None) -> N
         f"{stage.name or config.name}: {stage.num_steps:,} steps of {config.data.batch_size} rows "
         f"from {summary['samples']:,} samples "
         f"({summary['samples_text_only']:,} text only, {summary['samples_truncated']:,} truncated, "
-        f"{summary['samples_emptied_by_truncation']:,} of them with nothing left to learn)"
+        f"{summary['samples_teaching_nothing']:,} with nothing to learn, {summary['samples_unusable']:,} unusable)"
         + (f", continuing after step {saved_step:,}" if saved_step else ""),
         flush=True,
     )
+    shapes = stage.pipeline.shapes(saved_step or 0, stage.num_steps)
+    listed = ", ".join(f"{length} x {images}" for length, images in shapes)
+    print(f"  rows of tokens x images: {listed}; each shape is compiled once", flush=True)
     rates = learning_rates(config.optimizer)
     for prefix, module in MODULES.items():
         count = sum(math.prod(weights.shape(name)) for name in weights.names() if name.startswith(prefix))
@@ -165,14 +183,13 @@ class _Recorder:
         self.progress = Progress(stage.name, stage.num_steps, first_step)
         self.schedule = make_schedule(stage.config.optimizer, stage.num_steps)
         self.pending: list[_Done] = []
+        self.num_bad_samples = 0
         self.since = time.monotonic()
 
-    def add(self, step: int, batch: dict[str, np.ndarray], metrics: dict, data_wait: float) -> None:
+    def add(self, step: int, metrics: dict, data_wait: float) -> None:
         if self.pending and self.pending[-1].step % self.stage.config.train.log_steps == 0:
             self.flush()
-        num_tokens = int(np.count_nonzero(batch["segment_ids"]))
-        num_placeholders = int(np.count_nonzero(batch["tokens"] == IMAGE_TOKEN))
-        num_images = num_placeholders // self.stage.config.model.num_image_tokens
+        num_tokens, num_images = self.stage.pipeline.count(step - 1)
         self.pending.append(_Done(step, metrics, num_tokens, num_images, data_wait))
 
     def flush(self) -> None:
@@ -201,6 +218,23 @@ class _Recorder:
         self.pending = []
         self.log.append(row)
         self.progress.show(row)
+        self._report_bad_samples()
+
+    def log_evaluation(self, step: int, loss: float) -> None:
+        """Logs the loss on the data that was kept out of training."""
+        row = {"stage": self.stage.name} if self.stage.name else {}
+        self.log.append(row | {"step": step, "eval_loss": loss})
+        print(f"{self.stage.name or 'step'} {step}: eval_loss {loss:.4f}", flush=True)
+
+    def _report_bad_samples(self) -> None:
+        """Keeps `bad_samples.jsonl` beside the log up to date."""
+        rows = self.stage.pipeline.bad_samples.report()
+        if len(rows) == self.num_bad_samples:
+            return
+        self.num_bad_samples = len(rows)
+        path = self.log.path.with_name(f"bad_samples_{self.stage.name}.jsonl".replace("_.", "."))
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{len(rows):,} samples cannot be used; {path} tells which, and what took their place", flush=True)
 
     def _learning_rates(self, step: int) -> dict[str, float]:
         """`learning_rate`, and each module's own where they differ."""
@@ -225,6 +259,8 @@ class _Recorder:
 
 def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:
     rows = [row for row in log.rows() if row.get("stage", "") == stage.name]
+    evaluated = {"eval_loss": row["eval_loss"] for row in rows if "eval_loss" in row}
+    rows = [row for row in rows if "loss" in row]
     if not rows:  # somebody deleted the log of a finished stage
         return {"steps": stage.num_steps}
     seconds = sum(row["seconds"] for row in rows)
@@ -234,4 +270,5 @@ def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:
         "train_steps_per_second": stage.num_steps / seconds,
         "steps": stage.num_steps,
         "epoch": rows[-1]["epoch"],
+        **evaluated,
     }

@@ -56,12 +56,10 @@ def make_train_step(
     metrics: loss, grad_norm (before clipping), num_supervised_tokens; float32[] or int32[].
     """
 
+    sum_losses = _sum_losses(graphdef, loss)
+
     def microbatch_loss(trainable, frozen, batch):
-        model = bind(graphdef, trainable | frozen)
-        hidden = model(batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"])
-        total, count = supervised_cross_entropy(
-            hidden, model.language_model.head(), batch["labels"], chunk_size=loss.chunk_size
-        )
+        total, count = sum_losses(trainable | frozen, batch)
         if loss.normalize == "microbatch":
             total = total / jnp.maximum(count, 1)
         return total, (count, (count > 0).astype(jnp.int32))
@@ -87,6 +85,38 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def make_eval_step(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
+    """Returns step(parameters, batch) -> the sum of the losses float32[] and the number of supervised tokens int32[].
+
+    parameters: all of the model's, by name. batch: as for a train step.
+    """
+    sum_losses = _sum_losses(graphdef, loss)
+
+    def step(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        totals, counts = jax.lax.map(lambda microbatch: sum_losses(parameters, microbatch), batch)
+        return totals.sum(), counts.sum()
+
+    return step
+
+
+def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
+    """Returns a function of parameters by name and a microbatch [B, ...] -> sum of losses, supervised tokens."""
+
+    def sum_losses(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+        model = bind(graphdef, parameters)
+        hidden = model(
+            batch["tokens"],
+            batch["images"],
+            batch["positions"],
+            batch["segment_ids"],
+            batch.get("feature_ids"),
+        )
+        head = model.language_model.head()
+        return supervised_cross_entropy(hidden, head, batch["labels"], chunk_size=loss.chunk_size)
+
+    return sum_losses
 
 
 def model_settings(config: Config, constrain: Callable) -> dict:

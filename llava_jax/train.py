@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from llava_jax.commands import run_command
+from llava_jax.commands import read_recipe, run_command
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", lock_config=True, help_string="A recipe, e.g. configs/quickstart.py."
@@ -21,17 +21,7 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Trains the recipe of the flags."""
-    from llava_jax.config import ConfigError
-    from llava_jax.recipe import parse
-
-    try:
-        recipe = parse(CONFIG.value)
-    except (
-        OSError
-    ) as error:  # ml_collections reports a file that it could not load when the value is first used
-        raise ConfigError(
-            f"The recipe cannot be loaded: {str(error).strip().splitlines()[-1].strip()}"
-        ) from error
+    recipe = read_recipe(CONFIG)
     workdir = Path(WORKDIR.value or f"runs/{recipe.name}")
     stages = " -> ".join(name for name in recipe.stages if name) or "one stage"
     print(f"llava_jax: recipe {recipe.name} ({stages}), run directory {workdir}", flush=True)

@@ -1,6 +1,8 @@
 """Runs a recipe: its stages in order, then evaluation, export and the report."""
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -9,11 +11,13 @@ from llava_jax import report
 from llava_jax.config import Config, ConfigError
 from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource
+from llava_jax.data.dataset import open_datasets
+from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
-from llava_jax.metrics import MetricsLog
+from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.recipe import Recipe
 from llava_jax.run_directory import open_run_directory
 from llava_jax.sharding import make_mesh, num_row_shards
@@ -31,7 +35,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
     weights = initial_weights(recipe.first)
     tokenizer = _load_tokenizer(weights)
     stages = [
-        Stage(name, config, _make_pipeline(config, tokenizer, mesh), checkpoint_directory(workdir, name))
+        _make_stage(name, config, tokenizer, mesh, checkpoint_directory(workdir, name))
         for name, config in recipe.stages.items()
     ]
     if last.evaluate.path:
@@ -64,20 +68,29 @@ def _run_stages(
     print(f"Done: {workdir}", flush=True)
 
 
-def _make_pipeline(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Pipeline:
+def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, checkpoints: Path) -> Stage:
     rows, shards = config.data.batch_size // config.train.accumulation_steps, num_row_shards(mesh)
     if rows % shards:
         raise ConfigError(
             f"data.batch_size / train.accumulation_steps = {rows} rows cannot be spread evenly over the mesh's {shards} "
             f"row shards (mesh.data x mesh.fsdp); choose a multiple of {shards}."
         )
-    return Pipeline(
-        config.data,
+    training, evaluation = open_datasets(config.data, config.seed)
+    make = partial(
+        Pipeline,
         tokenizer=tokenizer,
-        image_size=config.model.vision.image_size,
-        num_image_tokens=config.model.num_image_tokens,
+        images=ImageProcessor.from_config(config.data, config.model),
         seed=config.seed,
         accumulation_steps=config.train.accumulation_steps,
+        progress=Counter(f"{name} measuring samples:".strip()),
+    )
+    in_order = replace(config.data, group_by_modality_length=False, shuffle=False)
+    return Stage(
+        name,
+        config,
+        make(config.data, training),
+        make(in_order, evaluation) if evaluation else None,
+        checkpoints,
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from llava_jax.checkpoint import SavedParameters, saved_steps
-from llava_jax.config import Config, ModelConfig, from_json
+from llava_jax.config import Config, InitConfig, ModelConfig, from_json
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Leaf, ModelSource
 from llava_jax.errors import CheckpointError, ConfigError
@@ -60,6 +60,18 @@ def initial_weights(config: Config) -> ModelSource:
         ),
         config.seed,
     )
+
+
+def find_tokenizer(init: InitConfig) -> str:
+    """Where the tokenizer of a run lies; raises ConfigError if `init` names none."""
+    path = init.tokenizer
+    if not path and (init.model or init.language_model):
+        path = open_any(init.model or init.language_model).tokenizer_path
+    if not path:
+        raise ConfigError(
+            "No tokenizer: set init.tokenizer to a tokenizer.model, a tokenizer.json or a directory that holds one."
+        )
+    return path
 
 
 def complete(source: ModelSource, seed: int) -> ModelSource:

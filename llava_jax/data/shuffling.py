@@ -3,7 +3,7 @@
 import numpy as np
 
 # What a seed is used for; the first part of a key after the seed sets the uses apart.
-EPOCH, GROUPS, PACKING, PACKED_ROWS = 1, 2, 3, 4
+EPOCH, GROUPS, PACKING, PACKED_ROWS, PREVIEWS = 1, 2, 3, 4, 5
 
 
 def permutation(size: int, *key: int) -> np.ndarray:

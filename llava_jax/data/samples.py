@@ -1,0 +1,131 @@
+"""One sample: from its record to tokens, labels and pixels."""
+
+import dataclasses
+from itertools import islice
+
+import numpy as np
+
+from llava_jax.config import DataConfig
+from llava_jax.data.batching import Sample
+from llava_jax.data.conversation import Encoded, expand_images, tokenize, truncate
+from llava_jax.data.dataset import Dataset
+from llava_jax.data.image_folder import ImageFolder
+from llava_jax.data.image_processor import ImageLayout, ImageProcessor
+from llava_jax.data.records import Record
+from llava_jax.data.templates import get_template
+from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outline:
+    """All of a sample but its pixels: tokens, labels and, of tiled images, feature_ids int32[T]."""
+
+    record: Record
+    tokens: np.ndarray
+    labels: np.ndarray
+    feature_ids: np.ndarray | None
+    num_images: int  # that are left after truncation
+    num_tiles: int
+    full_length: int  # tokens before truncation
+
+
+class SampleReader:
+    """Turns the ids of a dataset into samples. It can be sent to worker processes."""
+
+    def __init__(self, dataset: Dataset, config: DataConfig, tokenizer: Tokenizer, images: ImageProcessor):
+        self.dataset = dataset
+        self.config = config
+        self.tokenizer = tokenizer
+        self.images = images
+        self._template = get_template(config.template)
+
+    def settings(self) -> dict:
+        """All that samples depend on, except for the image files: plain JSON data."""
+        config = self.config
+        return {
+            "dataset": self.dataset.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "template": config.template,
+            "mask": config.mask,
+            "mm_use_im_start_end": config.mm_use_im_start_end,
+            "max_length": config.max_length,
+            "too_long": config.too_long,
+            "images": self.images.settings(),
+        }
+
+    def outline(self, id: int) -> Outline:
+        """Tokens and labels of a sample; of its images, tiled ones alone are looked at.
+
+        Raises DataError naming the record if it cannot be trained on.
+        """
+        record = self.dataset[id]
+        try:
+            return self._outline(record, self.dataset.folder(id))
+        except DataError as error:
+            raise DataError(f"{record.name}: {error}") from error
+
+    def read(self, id: int) -> Sample:
+        """A sample with its images; raises DataError naming the record of one that cannot be used."""
+        outline = self.outline(id)
+        record, folder = outline.record, self.dataset.folder(id)
+        try:
+            tiles = [
+                self.images.read(folder.locate(image), is_frame=is_frame)
+                for image, is_frame in islice(zip(record.images, record.is_frame, strict=True), outline.num_images)
+            ]
+        except DataError as error:
+            raise DataError(f"{record.name}: {error}") from error
+        side = self.images.model.vision.image_size
+        pixels = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles])
+        return Sample(outline.tokens, outline.labels, pixels, outline.feature_ids)
+
+    def _outline(self, record: Record, folder: ImageFolder) -> Outline:
+        config = self.config
+        encoded = tokenize(
+            record.turns,
+            self._template,
+            self.tokenizer,
+            num_images=len(record.images),
+            mask=config.mask,
+            max_length=config.max_length,
+            image_markers=config.mm_use_im_start_end,
+            system=record.system,
+        )
+        layouts = [
+            self._layout(folder, image, is_frame)
+            for image, is_frame in zip(record.images, record.is_frame, strict=True)
+        ]
+        encoded = expand_images(encoded, [len(layout.feature_ids) for layout in layouts])
+        full_length = len(encoded.tokens)
+        if full_length > config.max_length and config.too_long == "error":
+            raise DataError(
+                f"its {full_length} tokens exceed data.max_length={config.max_length}; shorten it, raise that, or "
+                "set data.too_long='truncate'."
+            )
+        # The original cuts wherever the limit falls.
+        encoded, num_images = truncate(encoded, config.max_length, whole_turns=config.mask != "original")
+        layouts = layouts[:num_images]
+        return Outline(
+            record,
+            encoded.tokens,
+            encoded.labels,
+            self._feature_ids(encoded, layouts) if config.image_aspect_ratio == "anyres" else None,
+            num_images,
+            sum(layout.num_tiles for layout in layouts),
+            full_length,
+        )
+
+    def _layout(self, folder: ImageFolder, image: str, is_frame: bool) -> ImageLayout:
+        # Only images in tiles are looked at; others need not be there to be measured.
+        path = folder.locate(image) if self.config.image_aspect_ratio == "anyres" else image
+        return self.images.layout(path, is_frame=is_frame)
+
+    def _feature_ids(self, encoded: Encoded, layouts: list[ImageLayout]) -> np.ndarray:
+        """Which feature each placeholder takes, counted over the sample's tiles: int32[T]."""
+        ids = np.zeros(len(encoded.tokens), np.int32)
+        first_feature = 0
+        for (begin, end), layout in zip(encoded.images, layouts, strict=True):
+            ids[begin:end] = np.where(layout.feature_ids < 0, -1, layout.feature_ids + first_feature)
+            first_feature += layout.num_tiles * self.images.model.num_image_tokens
+        return ids
