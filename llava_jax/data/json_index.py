@@ -33,7 +33,8 @@ class JsonIndex:
         self._setting = setting
         self._open()
         self._start = len(_BOM) if self._read(0, len(_BOM)) == _BOM else 0
-        head = self._read(self._start, self._start + _CHUNK).lstrip(_SPACE)
+        chunks = (chunk.tobytes().lstrip(_SPACE) for _, chunk in self._chunks(self._start))
+        head = next(filter(None, chunks), b"")
         for magic, kind in _FOREIGN.items():
             if head.startswith(magic):
                 raise DataError(f"{path}: is a {kind} file; convert it to JSON or JSONL.")
@@ -96,12 +97,11 @@ class JsonIndex:
         bounds, marks = [], _Marks()
         for begin, chunk in self._chunks(self._start):
             bounds.append(marks.find(chunk) + begin)
-            if marks.depth <= 0:
+            if marks.closed:
                 break
         bounds = np.concatenate(bounds)
-        if marks.depth != 0 or marks.inside or self._read(int(bounds[-1]), int(bounds[-1]) + 1) != b"]":
-            self._raise_broken_list()
-        if not self._is_blank(int(bounds[-1]) + 1, self._size):
+        last = int(bounds[-1])
+        if not marks.closed or self._read(last, last + 1) != b"]" or not self._is_blank(last + 1, self._size):
             self._raise_broken_list()
         begins, ends = bounds[:-1] + 1, bounds[1:]
         if self._is_blank(int(begins[-1]), int(ends[-1])):
@@ -197,7 +197,8 @@ class _Marks:
 
     escaped: bool = False  # the next byte follows a backslash that is not escaped itself
     inside: bool = False  # a string
-    depth: int = 0  # of brackets; once it is 0 again, nothing may follow
+    depth: int = 0  # of brackets
+    closed: bool = False  # depth is 0 again; what follows is not looked at
 
     def find(self, chunk: np.ndarray) -> np.ndarray:
         """chunk uint8[n], which is changed -> ascending offsets int64 of outermost brackets and commas."""
@@ -213,10 +214,10 @@ class _Marks:
         marks, kinds = marks[outside], kinds[outside]
         opens, closes = kinds == _OPEN, kinds == _CLOSE
         depth = self.depth + np.cumsum(opens.astype(np.int8) - closes, dtype=np.int64)
-        outermost = (depth == 1) & ((kinds == _COMMA) | opens) | (depth == 0) & closes
-        if (depth <= 0).any():  # the list ends here; whatever follows it is checked by who asked
-            last = np.argmax(depth <= 0)
-            self.depth, self.inside = int(depth[last]), False
+        outermost = (depth == 1) & ((kinds == _COMMA) | opens) | (depth == 0)
+        if (depth == 0).any():
+            self.closed = True
+            last = np.argmax(depth == 0)
             return marks[: last + 1][outermost[: last + 1]]
         self.depth = int(depth[-1]) if len(depth) else self.depth
         return marks[outermost]
