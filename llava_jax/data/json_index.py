@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -74,10 +75,11 @@ class JsonIndex:
 
     def _open(self) -> None:
         try:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (lives as long as the index)
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.path!r}: cannot be read ({reason}); check {self._setting}.") from error
+        weakref.finalize(self, self._file.close)
         status = os.fstat(self._file.fileno())
         self._size, self._stamp = status.st_size, (status.st_size, status.st_mtime_ns)
 
