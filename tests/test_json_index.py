@@ -216,6 +216,11 @@ def test_unreadable_files_are_named_with_the_setting(tmp_path, name, reason):
         JsonIndex(f"{tmp_path}/{name}", "data.eval_path")
 
 
+def test_a_device_is_refused():
+    with pytest.raises(DataError, match=r"'/dev/null': is no regular file"):
+        JsonIndex("/dev/null")
+
+
 def test_the_digest_is_that_of_the_file(write):
     assert JsonIndex(write("[1]")).digest == hashlib.sha256(b"[1]").hexdigest()
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import weakref
 from collections.abc import Iterator
 from typing import NoReturn
@@ -60,8 +61,10 @@ class JsonIndex:
     @functools.cached_property
     def digest(self) -> str:
         """Hex SHA-256 of the file."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for _, chunk in self._chunks(0):
+            digest.update(chunk)
+        return digest.hexdigest()
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
@@ -81,6 +84,10 @@ class JsonIndex:
             raise DataError(f"{self.path!r}: cannot be read ({reason}); check {self._setting}.") from error
         weakref.finalize(self, self._file.close)
         status = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(
+                f"{self.path!r}: is no regular file, which can be read in any order; save it as one."
+            )
         self._size, self._stamp = status.st_size, (status.st_size, status.st_mtime_ns)
 
     def _read(self, begin: int, end: int) -> bytes:
