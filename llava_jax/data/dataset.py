@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from llava_jax.config import DataConfig
-from llava_jax.data.formats import LLAVA, Format, read_dataset_info
+from llava_jax.data.dataset_info import read_dataset_info
+from llava_jax.data.formats import LLAVA, Format
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.json_index import JsonIndex
 from llava_jax.data.records import Record, parse_record
