@@ -1,10 +1,9 @@
-"""Reading records files: what is accepted, and how what is not is reported."""
-
-import json
+"""Records: what is accepted as one sample, and how what is not is reported."""
 
 import pytest
 
-from llava_jax.data.records import ImageFolder, check_images, parse_record, read_records
+from llava_jax.data.image_folder import ImageFolder
+from llava_jax.data.records import parse_record, raise_problems
 from llava_jax.errors import DataError
 
 GOOD = {
@@ -19,48 +18,29 @@ def turns(*roles):
     return [{"from": role, "value": "x"} for role in roles]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        json.dumps([GOOD, GOOD]),
-        "\ufeff\n " + json.dumps([GOOD, GOOD], indent=1),
-        json.dumps(GOOD) + "\n" + json.dumps(GOOD),
-        json.dumps(GOOD) + "\r\n\n" + json.dumps(GOOD) + "\n",
-    ],
-)
-def test_the_content_decides_between_a_list_and_lines(tmp_path, text):
-    path = tmp_path / "data.txt"
-    path.write_text(text, encoding="utf-8", newline="")
-    first, second = read_records(str(path))
-    assert (first.name, first.images, first.turns) == ("record 0 (id 'a')", ("cats/1.jpg",), TURNS)
-    assert (second.name, second.turns) == ("record 1 (id 'a')", TURNS)
+def asked(question, answer="yes", **media):
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]} | media
 
 
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        ('[{"id": 1},\n {"id" 2}]', r"data\.json:2:8: broken JSON"),
-        ('{"id": 1}\n\n{"id": }\n', r"data\.json:3:8: broken JSON"),
-        ('[{"id": 1}', r"data\.json:1:11: broken JSON"),
-        ("", r"data\.json: there is no record"),
-        ("[]", r"data\.json: there is no record"),
-    ],
-)
-def test_broken_json_is_reported_by_line_and_column(tmp_path, text, place):
-    path = tmp_path / "data.json"
-    path.write_text(text)
-    with pytest.raises(DataError, match=place):
-        read_records(str(path))
+def parse(value, index=0, *, folder=".", video_frames=8, **more):
+    return parse_record(value, index, folder=ImageFolder(str(folder)), video_frames=video_frames, **more)
 
 
-def test_unreadable_files_are_reported(tmp_path):
-    with pytest.raises(
-        DataError, match=r"none\.json': cannot be read \(No such file or directory\); check data\.path"
-    ):
-        read_records(str(tmp_path / "none.json"))
-    (tmp_path / "data.json").write_bytes(b'[{"id": "\xff"}]')
-    with pytest.raises(DataError, match=r"is not UTF-8 text \(byte 9\)"):
-        read_records(str(tmp_path / "data.json"))
+def fault(value, index=3, **more):
+    with pytest.raises(DataError) as error:
+        parse(value, index, **more)
+    return str(error.value)
+
+
+def test_a_record_of_llava():
+    record = parse(GOOD, 7, folder="/data")
+    assert (record.name, record.images, record.turns) == ("record 7 (id 'a')", ("cats/1.jpg",), TURNS)
+    assert (record.system, record.is_frame, record.image_folder) == (None, (False,), "/data")
+
+
+def test_the_name_begins_with_the_source():
+    assert parse(GOOD, 7, source="vqa.json").name == "vqa.json: record 7 (id 'a')"
+    assert fault(5, source="vqa.json").startswith("vqa.json: record 3: ")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +56,15 @@ def test_unreadable_files_are_reported(tmp_path):
         (
             {"conversations": turns("human", "bot")},
             "record 3, turn 1: 'from' should be 'human' or 'gpt', not 'bot'.",
+        ),
+        (
+            {"conversations": [{"from": ["human"], "value": "x"}]},
+            "record 3, turn 0: 'from' should be 'human' or 'gpt', not ['human'].",
+        ),
+        (
+            {"conversations": turns("system", "human", "gpt")},
+            "record 3, turn 0: 'from' should be 'human' or 'gpt', not 'system'; "
+            "its text belongs under the record's 'system'.",
         ),
         (
             {"conversations": [{"from": "human", "value": None}]},
@@ -101,84 +90,132 @@ def test_unreadable_files_are_reported(tmp_path):
             GOOD | {"image": ["x", 1]},
             "record 3 (id 'a'): 'image' should be a path or a list of paths, not ['x', 1].",
         ),
+        (
+            GOOD | {"image": {"bytes": "abc"}},
+            "record 3 (id 'a'): 'image' should be a path or a list of paths, not {'bytes': 'abc'}.",
+        ),
+        (GOOD | {"images": ["x"]}, "record 3 (id 'a'): has both 'image' and 'images'; keep one."),
+        (
+            GOOD | {"video": "x", "videos": ["x"]},
+            "record 3 (id 'a'): has both 'video' and 'videos'; keep one.",
+        ),
+        (GOOD | {"system": 1}, "record 3 (id 'a'): 'system' should be text, not a number."),
+        (
+            GOOD | {"system": "See <image>"},
+            "record 3 (id 'a'): its system text has <image>, which belongs into a turn; take it out.",
+        ),
+        (
+            asked("<video>", videos=[[]]),
+            "record 3: 'videos' should be a directory of frames or a list of their paths, not [].",
+        ),
     ],
 )
 def test_a_bad_record_is_named_with_its_fault(value, message):
-    with pytest.raises(DataError) as error:
-        parse_record(value, 3)
-    assert str(error.value) == message
+    assert fault(value) == message
 
 
-def test_images_may_be_absent_one_or_several():
-    images = [
-        parse_record(GOOD | {"image": value}, 0).images for value in (None, "a.jpg", ["a.jpg", "b.jpg"], [])
-    ]
-    assert images == [(), ("a.jpg",), ("a.jpg", "b.jpg"), ()]
-    assert parse_record({"conversations": GOOD["conversations"]}, 0).images == ()
+@pytest.mark.parametrize(
+    ("media", "images"),
+    [
+        ({}, ()),
+        ({"image": None}, ()),
+        ({"image": []}, ()),
+        ({"image": "a.jpg"}, ("a.jpg",)),
+        ({"image": ["a.jpg", "b.jpg"]}, ("a.jpg", "b.jpg")),
+        ({"images": ["a.jpg", "b.jpg"]}, ("a.jpg", "b.jpg")),
+        ({"images": "a.jpg", "image": None}, ("a.jpg",)),
+        ({"image": {"path": "a.jpg"}}, ("a.jpg",)),
+        ({"images": [{"path": "a.jpg", "bytes": None}, "b.jpg"]}, ("a.jpg", "b.jpg")),
+    ],
+)
+def test_images_may_be_absent_one_or_several(media, images):
+    record = parse(asked("<image>" * len(images), **media))
+    assert (record.images, record.is_frame) == (images, (False,) * len(images))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (asked("hi", image="a"), "its text has 0 <image> for 1 images; write one for each."),
+        (
+            asked("<image><image>", image=list("abc")),
+            "its text has 2 <image> for 3 images; write one for each.",
+        ),
+        (asked("<image>", "<image>", image="a"), "its text has 2 <image> for 1 images; write one for each."),
+        (asked("a <image>"), "its text has <image>, but it names no image; add 'image' or take that out."),
+        (
+            asked("<video>", image="a", video=["f"]),
+            "its text has 0 <image> for 1 images; write one for each.",
+        ),
+        (
+            asked("<video><image>", video=["f"]),
+            "its text has <image>, but it names no image; add 'image' or take that out.",
+        ),
+        (asked("hi", video=["f"]), "its text has 0 <video> for 1 videos; write one for each."),
+        (asked("<video>", videos=[["f"], ["g"]]), "its text has 1 <video> for 2 videos; write one for each."),
+    ],
+)
+def test_placeholders_that_do_not_fit_the_media_are_refused(value, message):
+    assert fault(value) == f"record 3: {message}"
+
+
+def test_several_placeholders_of_one_image_in_one_turn_are_as_one():
+    assert parse(asked("<image> or <image>?", image="a")).turns[0] == ("human", "<image> or <image>?")
+
+
+def test_video_in_text_without_videos_is_text():
+    html = "Write a page with <video>."
+    assert parse(asked(html)).turns[0] == ("human", html)
+    assert parse(asked("<image>" + html, image="a")).images == ("a",)
+
+
+def test_frames_stand_where_their_video_stood():
+    value = asked("<image>A<video>B<image>", "<video>", images=["a", "b"], videos=[["f", "g", "h"], ["i"]])
+    record = parse(value, video_frames=2)
+    assert record.turns == (("human", "<image>A<image><image>B<image>"), ("gpt", "<image>"))
+    assert record.images == ("a", "f", "h", "b", "i")
+    assert record.is_frame == (False, True, True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("count", "frames"),
+    [(1, "0"), (2, "06"), (3, "036"), (4, "0246"), (5, "01346"), (7, "0123456"), (9, "0123456")],
+)
+def test_frames_are_spread_evenly(count, frames):
+    record = parse(asked("<video>", video=list("0123456")), video_frames=count)
+    assert record.images == tuple(frames)
+
+
+def test_a_video_may_be_a_directory(tmp_path):
+    (tmp_path / "clip").mkdir()
+    for number in range(11):
+        (tmp_path / "clip" / f"{number}.jpg").touch()
+    for media in ({"video": "clip"}, {"videos": ["clip"]}, {"videos": "clip"}, {"video": {"path": "clip"}}):
+        record = parse(asked("<video>", **media), folder=tmp_path, video_frames=3)
+        assert record.images == ("clip/0.jpg", "clip/5.jpg", "clip/10.jpg")
+    assert "record 3: video 'film.mp4' is no directory with frames" in fault(
+        asked("<video>", video="film.mp4")
+    )
+
+
+def test_a_system_text_belongs_to_its_record():
+    assert parse(GOOD | {"system": "Be brief."}).system == "Be brief."
+    assert parse(GOOD | {"system": ""}).system is None
 
 
 def test_an_opening_turn_of_the_assistant_is_dropped():
-    record = parse_record({"conversations": turns("gpt", "human", "gpt")}, 0)
+    record = parse({"conversations": turns("gpt", "human", "gpt")})
     assert [role for role, _ in record.turns] == ["human", "gpt"]
 
 
 def test_other_keys_are_ignored():
-    assert parse_record(GOOD | {"model": "x", "weight": 1}, 0).turns == TURNS
+    assert parse(GOOD | {"model": "x", "weight": 1}).turns == TURNS
 
 
-def test_the_first_problems_are_shown_and_all_are_counted(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([GOOD, *[{"id": number} for number in range(7)]]))
+def test_the_first_problems_are_shown_and_all_are_counted():
     with pytest.raises(DataError) as error:
-        read_records(str(path))
+        raise_problems("data.json", [f"record {number}: is bad." for number in range(7)])
     lines = str(error.value).split("\n")
-    assert lines[0] == f"{path}: 7 problems; correct or remove these records:"
-    assert lines[1] == "  record 1 (id 0): 'conversations' should be a list of turns, not nothing."
-    assert lines[6] == "  ... and 2 more"
-    assert len(lines) == 7
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "outside.jpg").touch()
-    images = tmp_path / "images"
-    (images / "cats").mkdir(parents=True)
-    (images / "cats" / "1.jpg").touch()
-    (images / "cats" / "link.jpg").symlink_to(images / "cats" / "1.jpg")
-    (images / "leak.jpg").symlink_to(tmp_path / "outside.jpg")
-    (images / "up").symlink_to(tmp_path)
-    return images
-
-
-@pytest.mark.parametrize("image", ["cats/1.jpg", "cats/link.jpg", "cats/../cats/1.jpg"])
-def test_images_are_found_inside_the_folder(folder, image):
-    assert ImageFolder(str(folder)).locate(image) == str(folder / image)
-
-
-@pytest.mark.parametrize("image", ["cats/2.jpg", "dogs/1.jpg", "cats", "cats/1.jpg/x"])
-def test_absent_images_are_refused(folder, image):
-    with pytest.raises(DataError, match="is not in image_folder"):
-        ImageFolder(str(folder)).locate(image)
-
-
-@pytest.mark.parametrize("image", ["../outside.jpg", "leak.jpg", "up/outside.jpg", "/etc/passwd"])
-def test_images_outside_the_folder_are_refused(folder, image):
-    with pytest.raises(DataError, match="lies outside image_folder"):
-        ImageFolder(str(folder)).locate(image)
-
-
-def test_a_neighbour_with_the_same_beginning_is_outside(folder):
-    neighbour = folder.parent / "images2"
-    neighbour.mkdir()
-    (neighbour / "1.jpg").touch()
-    with pytest.raises(DataError, match="lies outside image_folder"):
-        ImageFolder(str(folder)).locate("../images2/1.jpg")
-
-
-def test_every_missing_image_is_a_problem_of_its_record(folder):
-    records = [
-        parse_record(GOOD | {"image": image}, 4)
-        for image in ("cats/1.jpg", "no.jpg", ["cats/1.jpg", "no.jpg"])
-    ]
-    problems = check_images(records, ImageFolder(str(folder)))
-    assert problems == [f"record 4 (id 'a'): image 'no.jpg' is not in image_folder '{folder}'."] * 2
+    assert lines[:2] == ["data.json: 7 problems; correct or remove these records:", "  record 0: is bad."]
+    assert lines[5:] == ["  record 4: is bad.", "  ... and 2 more"]
+    raise_problems("data.json", [])

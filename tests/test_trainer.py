@@ -425,7 +425,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(
 @pytest.mark.parametrize(
     ("record", "max_length", "message"),
     [
-        ({"images": ["a.png"], "question": "<image>\nWhat?"}, 192, "has <image>, but it names no image"),
+        ({"question": "<image>\nWhat?"}, 192, "has <image>, but it names no image"),
         ({"question": "What? " * 100}, 64, "nothing is left to learn: data.max_length=64"),
     ],
 )

@@ -14,15 +14,15 @@ from llava_jax.data import batching
 from llava_jax.data.batching import PADDING, Sample
 from llava_jax.data.conversation import (
     IGNORE,
-    IMAGE_TOKEN,
-    PLACEHOLDER,
     expand_images,
     get_template,
     tokenize,
     truncate,
 )
+from llava_jax.data.dataset import open_datasets
+from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.images import load_image, preprocess
-from llava_jax.data.records import ImageFolder, Record, check_images, raise_problems, read_records
+from llava_jax.data.records import Record, raise_problems
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 
@@ -67,13 +67,15 @@ class Pipeline:
             process_index=process_index,
             process_count=process_count,
         )
-        self._records = read_records(config.path)
+        self._records = self._read_records()
         self._folder = ImageFolder(config.image_folder)
         if any(record.images for record in self._records) and not os.path.isdir(config.image_folder):
             raise DataError(
                 f"data.image_folder={config.image_folder!r} is no directory, but records of {config.path} have images."
             )
-        raise_problems(config.path, check_images(self._records, self._folder))
+        images = [(record.name, image) for record in self._records for image in record.images]
+        missing = self._folder.missing(image for _, image in images)
+        raise_problems(config.path, [f"{images[position][0]}: {fault}" for position, fault in missing])
         self._measure()
         self.fingerprint = self._fingerprint()
         self._epoch_order = functools.lru_cache(maxsize=2)(self._draw_epoch_order)
@@ -131,6 +133,17 @@ class Pipeline:
             rows.batch(num_rows, batch_fn=lambda pairs: self._collate(pairs[0][0], [s for _, s in pairs]))
         )
 
+    def _read_records(self) -> list[Record]:
+        dataset, _ = open_datasets(self.config, self._seed)
+        records, problems = [], []
+        for id in range(len(dataset)):
+            try:
+                records.append(dataset[id])
+            except DataError as error:
+                problems.append(str(error))
+        raise_problems(self.config.path, problems)
+        return records
+
     def _measure(self) -> None:
         """Tokenizes every record: lengths, images and supervised tokens int32[num_samples]."""
         self._lengths = np.zeros(self.num_samples, np.int32)
@@ -161,15 +174,6 @@ class Pipeline:
             tokens, labels = tokenize(
                 record.turns, self._template, self._tokenizer, num_images=len(record.images)
             )
-            if not record.images and any(PLACEHOLDER in text for _, text in record.turns):
-                raise DataError(
-                    f"its text has {PLACEHOLDER}, but it names no image; add 'image' or take that out."
-                )
-            found = np.count_nonzero(tokens == IMAGE_TOKEN)
-            if found != len(record.images):
-                raise DataError(
-                    f"its text has {found} {PLACEHOLDER} for {len(record.images)} images; write one for each."
-                )
             tokens, labels = expand_images(tokens, labels, self._num_image_tokens)
             length = len(tokens)
             if length > config.max_length and config.too_long == "error":

@@ -17,7 +17,7 @@ from llava_jax.data.conversation import (
     Template,
     tokenize,
 )
-from llava_jax.data.records import parse_record
+from llava_jax.data.formats import LLAVA
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 from tests.golden import Skipped
@@ -74,9 +74,9 @@ def _template(case: dict) -> Template | None:
 
 def _ours(case: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Our ids and labels of a case; DataError where we refuse it."""
-    record = parse_record({"conversations": case["conversations"]}, 0)
+    conversation = LLAVA.read({"conversations": case["conversations"]}, case["id"])
     tokens, labels = tokenize(
-        record.turns,
+        conversation.turns,
         _template(case),
         tokenizer,
         num_images=int(case["has_image"]),
