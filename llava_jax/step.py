@@ -52,13 +52,20 @@ def make_train_step(
 ) -> Callable:
     """Returns step(state, frozen, batch) -> (state, metrics).
 
-    frozen: the other parameters by name. batch: arrays with a leading accumulation axis, [A, B, ...].
+    frozen: the other parameters by name. batch: LLaVA's arguments and labels by name, as arrays with a leading
+    accumulation axis, [A, B, ...]; feature_ids may be absent.
     metrics: loss, grad_norm (before clipping), num_supervised_tokens; float32[] or int32[].
     """
 
     def microbatch_loss(trainable, frozen, batch):
         model = bind(graphdef, trainable | frozen)
-        hidden = model(batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"])
+        hidden = model(
+            batch["tokens"],
+            batch["images"],
+            batch["positions"],
+            batch["segment_ids"],
+            batch.get("feature_ids"),
+        )
         total, count = supervised_cross_entropy(
             hidden, model.language_model.head(), batch["labels"], chunk_size=loss.chunk_size
         )

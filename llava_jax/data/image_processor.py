@@ -1,6 +1,7 @@
 """What becomes of an image file: its pixels, and which features the tokens that stand for it show."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -30,6 +31,16 @@ class ImageLayout:
 
     num_tiles: int
     feature_ids: np.ndarray
+
+
+def row_feature_ids(layouts: Sequence[ImageLayout], features_per_tile: int) -> np.ndarray:
+    """The layouts of a row's images one after the other, ids counting through all their tiles -> int32[n]."""
+    parts, first = [np.zeros(0, np.int32)], 0
+    for layout in layouts:
+        shifted = layout.feature_ids + np.int32(first * features_per_tile)
+        parts.append(np.where(layout.feature_ids == NEWLINE, np.int32(NEWLINE), shifted))
+        first += layout.num_tiles
+    return np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)
