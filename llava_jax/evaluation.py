@@ -9,7 +9,8 @@ import numpy as np
 from llava_jax.config import Config, EvaluateConfig
 from llava_jax.data.conversation import get_template, render_prompt
 from llava_jax.data.image_folder import ImageFolder
-from llava_jax.data.images import load_image, preprocess
+from llava_jax.data.image_processor import ImageProcessor
+from llava_jax.data.images import load_image
 from llava_jax.data.records import raise_problems
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
@@ -48,12 +49,13 @@ def check_questions(config: Config, tokenizer: Tokenizer) -> None:
     asked, positions = config.evaluate, config.model.text.max_position_embeddings
     questions, folder = read_questions(asked.path), ImageFolder(asked.image_folder)
     template = get_template(config.data.template)
+    processor = ImageProcessor(config.model, aspect_ratio=config.data.image_aspect_ratio)
     problems = []
     for question in questions:
         try:
-            folder.locate(question["image"])
+            layout = processor.layout(folder.locate(question["image"]))
             prompt = render_prompt(question["text"], template, tokenizer, num_images=1)
-            length = len(prompt) - 1 + config.model.num_image_tokens + asked.max_new_tokens
+            length = len(prompt) - 1 + len(layout.feature_ids) + asked.max_new_tokens
             if length > positions:
                 raise DataError(
                     f"question and answer may take {length} tokens, the model has {positions} positions."
@@ -95,11 +97,9 @@ def evaluate(generator: Generator, config: EvaluateConfig) -> tuple[dict[str, fl
 
 
 def _ask(generator: Generator, config: EvaluateConfig, questions: list[dict], paths: list[str]) -> list[str]:
-    def read(path: str) -> np.ndarray:
-        return preprocess(load_image(path), generator.config.vision.image_size, generator.image_aspect_ratio)
-
+    processor = generator.image_processor
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(read, paths))
+        images, layouts = list(pool.map(processor.read, paths)), list(pool.map(processor.layout, paths))
     answers = []
     for begin in range(0, len(questions), config.batch_size):
         # The last batch is filled up with its first question, so that one shape is compiled.
@@ -107,6 +107,7 @@ def _ask(generator: Generator, config: EvaluateConfig, questions: list[dict], pa
         texts = generator.answer(
             [questions[row]["text"] for row in rows],
             [[images[row]] for row in rows],
+            layouts=[[layouts[row]] for row in rows],
             max_new_tokens=config.max_new_tokens,
         )
         answers += texts[: len(questions) - begin]

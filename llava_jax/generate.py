@@ -24,15 +24,14 @@ def main() -> None:
     """Prints the answer to the prompt."""
     print(f"llava_jax: reading {MODEL.value}", flush=True)
 
-    from llava_jax.data.images import load_image, preprocess
     from llava_jax.generation import load_generator
 
     generator = load_generator(MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value)
-    size, aspect_ratio = generator.config.vision.image_size, generator.image_aspect_ratio
-    images = [preprocess(load_image(path), size, aspect_ratio) for path in IMAGE.value]
+    processor = generator.image_processor
     answers = generator.answer(
         [PROMPT.value],
-        [images],
+        [[processor.read(path) for path in IMAGE.value]],
+        layouts=[[processor.layout(path) for path in IMAGE.value]],
         max_new_tokens=MAX_NEW_TOKENS.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,

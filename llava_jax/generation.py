@@ -1,5 +1,6 @@
 """Continues prompts with a KV cache: greedy or sampled, many at a time."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from llava_jax.config import MeshConfig, ModelConfig
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.conversation import IMAGE_TOKEN, get_template, render_prompt
+from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.errors import ConfigError
 from llava_jax.models.llama import Cache
@@ -42,15 +44,15 @@ class Generator:
     def __init__(self, weights: ModelSource, tokenizer: Tokenizer, mesh: Mesh, *, template: str, dtype: str):
         self.config = weights.config
         self.template = get_template(template)
-        self.image_aspect_ratio = weights.image_aspect_ratio
+        self.image_processor = ImageProcessor(self.config, aspect_ratio=weights.image_aspect_ratio)
         self.tokenizer = tokenizer
         self.mesh = mesh
         self.graphdef, _ = abstract_model(self.config, dtype=jnp.dtype(dtype))
         self.parameters = load(weights, weights.names(), jnp.dtype(dtype), partial(parameter_sharding, mesh))
 
     def answer(self, questions: list[str], images: list[list[np.ndarray]], **how) -> list[str]:
-        """Single-turn answers. images: per question, uint8[H, W, 3] in the order of its placeholders; a question
-        without `<image>` gets its placeholders in front. `how` goes to `generate`."""
+        """Single-turn answers. images: per question, in the order of its placeholders, as `generate` takes them; a
+        question without `<image>` gets its placeholders in front. `how` goes to `generate`."""
         prompts = [
             render_prompt(question, self.template, self.tokenizer, num_images=len(its_images))
             for question, its_images in zip(questions, images, strict=True)
@@ -64,26 +66,35 @@ class Generator:
         images: list[list[np.ndarray]],
         *,
         max_new_tokens: int,
+        layouts: list[list[ImageLayout]] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[list[int]]:
         """Continues token sequences int32[T], in which IMAGE_TOKEN stands for one image.
 
+        images: per sequence, uint8[tiles, H, W, 3] each, with `layouts` to match (`image_processor` reads both);
+        without layouts uint8[H, W, 3], told as one tile.
         Returns the new tokens up to and without the end token, no more than the model's positions allow.
         temperature 0 is greedy; otherwise tokens are drawn from the smallest set of probability top_p.
         """
-        sequences = [
-            np.repeat(prompt, np.where(prompt == IMAGE_TOKEN, self.config.num_image_tokens, 1))
-            for prompt in prompts
+        if layouts is None:
+            images = [[image[None] for image in its_images] for its_images in images]
+            one_tile = ImageLayout(1, np.arange(self.config.num_image_tokens, dtype=np.int32))
+            layouts = [[one_tile] * len(its_images) for its_images in images]
+        expanded = [
+            expand_prompt(prompt, its_layouts, self.config.num_image_tokens)
+            for prompt, its_layouts in zip(prompts, layouts, strict=True)
         ]
+        sequences, feature_ids = zip(*expanded, strict=True)
+        tiles = [[tile for image in its_images for tile in image] for its_images in images]
         room = self.config.text.max_position_embeddings - max(len(sequence) for sequence in sequences)
         if room < 1:
             raise ConfigError(
                 f"The prompt takes {max(map(len, sequences))} tokens and leaves no room for an answer in the model's "
                 f"{self.config.text.max_position_embeddings} positions; shorten it."
             )
-        batch = left_pad(sequences, images, self.config.vision.image_size)
+        batch = left_pad(sequences, tiles, self.config.vision.image_size, feature_ids)
         batch = jax.device_put(batch, replicated(self.mesh))
         tokens = continue_prompts(
             self.parameters,
@@ -99,8 +110,30 @@ class Generator:
         return [_until(row, self.tokenizer.eos_id) for row in np.asarray(tokens).tolist()]
 
 
-def left_pad(sequences: list[np.ndarray], images: list[list[np.ndarray]], image_size: int) -> dict:
-    """Expanded prompts int32[T] and each one's images as a batch whose last column is every row's last token."""
+def expand_prompt(
+    prompt: np.ndarray, layouts: list[ImageLayout], features_per_tile: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Repeats each placeholder as its image's layout asks: prompt int32[T] -> tokens and feature_ids int32[T'].
+
+    A feature's id counts through the tiles of all images; it is 0 where there is no placeholder.
+    """
+    is_image = prompt == IMAGE_TOKEN
+    copies = np.ones(len(prompt), np.int64)
+    copies[is_image] = [len(layout.feature_ids) for layout in layouts]
+    tokens = prompt.repeat(copies)
+    feature_ids = np.zeros(len(tokens), np.int32)
+    feature_ids[tokens == IMAGE_TOKEN] = row_feature_ids(layouts, features_per_tile)
+    return tokens, feature_ids
+
+
+def left_pad(
+    sequences: Sequence[np.ndarray],
+    images: list[list[np.ndarray]],
+    image_size: int,
+    feature_ids: Sequence[np.ndarray] | None = None,
+) -> dict:
+    """Expanded prompts int32[T], their feature_ids int32[T] if any, and each one's tiles [H, W, 3] as a batch whose
+    last column is every row's last token."""
     length = -(-max(map(len, sequences)) // PROMPT_BUCKET) * PROMPT_BUCKET
     tokens, positions, segment_ids = (np.zeros((len(sequences), length), np.int32) for _ in range(3))
     slots = max(map(len, images))
@@ -112,7 +145,12 @@ def left_pad(sequences: list[np.ndarray], images: list[list[np.ndarray]], image_
         segment_ids[row, length - len(sequence) :] = 1
         for slot, image in enumerate(its_images):
             pixels[row, slot] = image
-    return {"tokens": tokens, "images": pixels, "positions": positions, "segment_ids": segment_ids}
+    batch = {"tokens": tokens, "images": pixels, "positions": positions, "segment_ids": segment_ids}
+    if feature_ids is not None:
+        batch["feature_ids"] = np.zeros_like(tokens)
+        for row, ids in enumerate(feature_ids):
+            batch["feature_ids"][row, length - len(ids) :] = ids
+    return batch
 
 
 def _until(tokens: list[int], eos_id: int) -> list[int]:
@@ -153,7 +191,12 @@ def continue_prompts(
 
     cache: Cache = model.language_model.empty_cache(B, T + max_new_tokens)
     logits, cache = model.extend(
-        batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"], cache
+        batch["tokens"],
+        batch["images"],
+        batch["positions"],
+        batch["segment_ids"],
+        cache,
+        batch.get("feature_ids"),
     )
     carry = (
         jnp.int32(0),

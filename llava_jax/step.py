@@ -52,7 +52,8 @@ def make_train_step(
 ) -> Callable:
     """Returns step(state, frozen, batch) -> (state, metrics).
 
-    frozen: the other parameters by name. batch: arrays with a leading accumulation axis, [A, B, ...].
+    frozen: the other parameters by name. batch: LLaVA's arguments and labels by name, as arrays with a leading
+    accumulation axis, [A, B, ...]; feature_ids may be absent.
     metrics: loss, grad_norm (before clipping), num_supervised_tokens; float32[] or int32[].
     """
 

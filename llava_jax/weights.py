@@ -40,6 +40,7 @@ def initial_weights(config: Config) -> ModelSource:
             f"init.model={init.model} is a part of a model (layout {source.layout}); "
             "set init.vision_tower or init.language_model to it instead."
         )
+    source = _with_tiles(source, model)
     differing = _differences(source.config, model, "model.")
     if differing:
         path = init.model or " and ".join(filter(None, (init.vision_tower, init.language_model)))
@@ -72,6 +73,14 @@ def find_tokenizer(init: InitConfig) -> str:
             "No tokenizer: set init.tokenizer to a tokenizer.model, a tokenizer.json or a directory that holds one."
         )
     return path
+
+
+def _with_tiles(source: ModelSource, model: ModelConfig) -> ModelSource:
+    """`source`, and if it never saw tiles, with those of `model`: a LLaVA-1.5 may go on as a LLaVA-1.6."""
+    if source.config.image_grid_pinpoints or source.config.patch_merge_type != "flat":
+        return source
+    tiles = {key: getattr(model, key) for key in ("image_grid_pinpoints", "patch_merge_type")}
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, **tiles))
 
 
 def complete(source: ModelSource, seed: int) -> ModelSource:

@@ -171,8 +171,9 @@ def test_what_llava_jax_does_not_build_is_refused_with_its_key(change, message):
 def test_originals_with_other_image_handling_are_refused(llava_hf, tmp_path):
     save_clip(tmp_path / "clip", llava_hf)
     for change, message in (
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints"),
         ({"model_type": "llava_mpt"}, "llava_mpt"),
     ):
         directory = as_original(llava_hf, tmp_path / message, tower=False, **change)

@@ -49,7 +49,7 @@ def detect_layout(files: TensorFiles, fields: dict) -> str:
 
 
 def open_llava_hf(path: Path, files: TensorFiles, fields: dict) -> ModelSource:
-    """A LlavaForConditionalGeneration of any transformers version."""
+    """A LlavaForConditionalGeneration or LlavaNextForConditionalGeneration of any transformers version."""
     where = _where(path, fields)
     generation = path / "generation_config.json"
     model, file_vocabulary = read_llava_hf_config(
@@ -60,7 +60,8 @@ def open_llava_hf(path: Path, files: TensorFiles, fields: dict) -> ModelSource:
         matching.drop_tied_head()
     idle_rows = idle_vision_rows(model.vision, model.num_vision_layers_run)
     leaves, idle = matching.leaves(model_rows(model), idle_rows, file_vocabulary=file_vocabulary)
-    return _whole("llava-hf", path, fields, model, leaves, idle, default_aspect_ratio="pad")
+    default = "anyres" if model.image_grid_pinpoints else "pad"
+    return _whole("llava-hf", path, fields, model, leaves, idle, default_aspect_ratio=default)
 
 
 def open_llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> ModelSource:
@@ -130,8 +131,8 @@ def _where(path: Path, fields: dict) -> str:
 
 def _whole(layout, path, fields, model, leaves, idle, *, default_aspect_ratio) -> ModelSource:
     aspect_ratio = fields.get("image_aspect_ratio") or default_aspect_ratio
-    if aspect_ratio not in ("pad", "square"):
-        refuse(str(path / "config.json"), "image_aspect_ratio", aspect_ratio, "it is 'pad' or 'square'")
+    if aspect_ratio not in ("pad", "square", "anyres"):
+        refuse(str(path / "config.json"), "image_aspect_ratio", aspect_ratio, "it is pad, square or anyres")
     template = fields.get("conversation_template", "v1")
     return ModelSource(layout, model, leaves, idle, find_tokenizer(path), template, aspect_ratio)
 

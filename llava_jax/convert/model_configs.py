@@ -1,5 +1,6 @@
 """The config.json of a whole LLaVA, as transformers and as the original write it, to ours and back."""
 
+import ast
 import dataclasses
 
 from llava_jax.config import ModelConfig, VisionConfig
@@ -78,8 +79,33 @@ def read_llava_hf_config(fields: dict, where: str, generation: dict) -> tuple[Mo
         projector_type="mlp2x_gelu",
         select_layer=layer,
         select_feature=features[strategy],
+        **(_read_llava_next(fields, where) if fields.get("model_type") == "llava_next" else {}),
     )
     return model, file_vocabulary
+
+
+def _read_llava_next(fields: dict, where: str) -> dict:
+    """What a LlavaNextForConditionalGeneration says about tiles. Its grid has heights before widths."""
+    if not fields.get("use_image_newline_parameter", True):
+        refuse(where, "use_image_newline_parameter", False, "its lines end with image_newline")
+    grid = fields.get("image_grid_pinpoints") or [
+        [336, 672],
+        [672, 336],
+        [672, 672],
+        [1008, 336],
+        [336, 1008],
+    ]
+    pinpoints = tuple((width, height) for height, width in _read_grid(grid, where))
+    return {"image_grid_pinpoints": pinpoints, "patch_merge_type": "spatial_unpad"}
+
+
+def _read_grid(grid, where: str) -> tuple[tuple[int, int], ...]:
+    """A list of pairs, which the original's configs may spell as text."""
+    try:
+        pairs = ast.literal_eval(grid) if isinstance(grid, str) else grid
+        return tuple((int(first), int(second)) for first, second in pairs)
+    except (ValueError, SyntaxError, TypeError):
+        refuse(where, "image_grid_pinpoints", grid, "it is a list of pairs (width, height)")
 
 
 def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str, vocab_size: int) -> dict:
@@ -88,6 +114,11 @@ def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: s
         raise ConversionError(
             f"The llava-hf layout has no projector of type {model.projector_type!r}, only 'mlp2x_gelu'; "
             "choose the layout llava."
+        )
+    if model.image_grid_pinpoints or model.patch_merge_type != "flat":
+        raise ConversionError(
+            "The llava-hf layout is LLaVA-1.5's, which has no tiles, but the model has image_grid_pinpoints="
+            f"{model.image_grid_pinpoints} and patch_merge_type={model.patch_merge_type!r}; choose the layout llava."
         )
     if model.num_vision_layers_run == 0:
         raise ConversionError(
@@ -142,6 +173,8 @@ def read_llava_config(fields: dict, vision: VisionConfig, where: str) -> ModelCo
         projector_type=fields.get("mm_projector_type", "linear"),
         select_layer=fields.get("mm_vision_select_layer", -2),
         select_feature=fields.get("mm_vision_select_feature", "patch"),
+        image_grid_pinpoints=_read_grid(fields.get("image_grid_pinpoints") or [], where),
+        patch_merge_type=fields.get("mm_patch_merge_type", "flat"),
     )
 
 
@@ -168,7 +201,7 @@ def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str)
         "pretraining_tp": 1,
         "use_cache": True,
         "mm_hidden_size": model.vision.hidden_size,
-        "mm_patch_merge_type": "flat",
+        "mm_patch_merge_type": model.patch_merge_type,
         "mm_projector_type": model.projector_type,
         "mm_resampler_type": None,
         "mm_use_im_patch_token": False,
@@ -180,5 +213,6 @@ def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str)
         "freeze_mm_mlp_adapter": False,
         "tune_mm_mlp_adapter": False,
         "unfreeze_mm_vision_tower": True,
+        **({"image_grid_pinpoints": model.image_grid_pinpoints} if model.image_grid_pinpoints else {}),
         "vision_config": write_vision_config(model.vision),
     }

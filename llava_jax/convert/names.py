@@ -175,10 +175,16 @@ def text_rows(config: TextConfig) -> list[Row]:
 
 def model_rows(config: ModelConfig) -> list[Row]:
     """The rows of a whole model: exactly the leaves that it has."""
+    newline = []
+    if config.patch_merge_type == "spatial_unpad":
+        newline = _rows(
+            TEXT, [("image_newline", "image_newline", COPY, "D")], {"D": config.text.hidden_size}, 0
+        )
     return [
         *vision_rows(config.vision, config.num_vision_layers_run),
         *projector_rows(config.vision.hidden_size, config.text.hidden_size, config.projector_depth),
         *text_rows(config.text),
+        *newline,
     ]
 
 
@@ -202,7 +208,12 @@ _WRITTEN = {
 _ALSO_READ = {
     # transformers has renamed its modules twice: names without `vision_model`, without the decoder's inner
     # `model`, and (from tools that dump a state dict) all of them behind `model.`, stripped in `canonical`.
-    "llava-hf": (("vision_tower.", VISION), ("language_model.", TEXT), ("lm_head.", TEXT + "lm_head.")),
+    "llava-hf": (
+        ("vision_tower.", VISION),
+        ("language_model.", TEXT),
+        ("lm_head.", TEXT + "lm_head."),
+        ("image_newline", TEXT + "image_newline"),  # of llava-next
+    ),
     "llava": (("model.vision_tower.vision_tower.", VISION),),
     "clip": tuple(
         (part, VISION + part) for part in ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")

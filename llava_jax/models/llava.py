@@ -1,6 +1,7 @@
 """LLaVA: CLIP features, projected, take the places that the data pipeline kept for them in the token sequence.
 
-Letters: B rows, T tokens, M image slots per row, P features per image, C CLIP's width, D decoder width.
+Letters: B rows, T tokens, M image slots per row (an image in tiles takes several), P features per slot, C CLIP's
+width, D decoder width.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from llava_jax.models.clip import CLIPVisionTower, normalize
 from llava_jax.models.llama import Cache, Llama
 
 IMAGE_TOKEN = -200  # the id of one placeholder, as in the original (llava/constants.py)
+NEWLINE = -1  # the feature id of image_newline
 
 
 class Projector(nnx.Module):
@@ -43,13 +45,23 @@ def _symmetric_uniform(bound: float):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def insert_image_features(embeddings: jax.Array, features: jax.Array, is_image: jax.Array) -> jax.Array:
-    """Fills each image placeholder with the next feature of its row, in order.
+def insert_image_features(
+    embeddings: jax.Array,
+    features: jax.Array,
+    is_image: jax.Array,
+    feature_ids: jax.Array | None = None,
+    newline: jax.Array | None = None,
+) -> jax.Array:
+    """Fills each image placeholder with a feature of its row: the one of its id, without ids the next in order.
 
-    embeddings float[B, T, D], features float[B, M * P, D], is_image bool[B, T] -> float[B, T, D].
+    embeddings float[B, T, D], features float[B, M * P, D], is_image bool[B, T], feature_ids int32[B, T], read at
+    placeholders only, where NEWLINE stands for `newline` float[D] -> float[B, T, D].
     """
-    slot = jnp.cumsum(is_image, axis=1) - 1  # which feature a placeholder takes
-    chosen = jnp.take_along_axis(features, jnp.maximum(slot, 0)[..., None], axis=1)
+    if feature_ids is None:
+        feature_ids = jnp.cumsum(is_image, axis=1) - 1
+    chosen = jnp.take_along_axis(features, jnp.maximum(feature_ids, 0)[..., None], axis=1)
+    if newline is not None:
+        chosen = jnp.where((feature_ids == NEWLINE)[..., None], newline.astype(chosen.dtype), chosen)
     return jnp.where(is_image[..., None], chosen, embeddings)
 
 
@@ -74,20 +86,31 @@ class LLaVA(nnx.Module):
         self.vision_tower = CLIPVisionTower(config.vision, config.num_vision_layers_run, **how)
         self.multi_modal_projector = Projector(config, dtype=dtype, rngs=rngs)
         self.language_model = Llama(config.text, **how)
+        if config.patch_merge_type == "spatial_unpad":
+            # Beside the embeddings, as in the original, and so trained with the decoder.
+            width = config.text.hidden_size
+            newline = jax.random.normal(rngs.params(), (width,)) * width**-0.5
+            self.language_model.image_newline = nnx.Param(newline)
         self.config = config
 
     def __call__(
-        self, tokens: jax.Array, images: jax.Array, positions: jax.Array, segment_ids: jax.Array
+        self,
+        tokens: jax.Array,
+        images: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        feature_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states before the head, float[B, T, D].
 
         tokens int32[B, T] with IMAGE_TOKEN at placeholders; images [B, M, height, width, 3], uint8 or already
-        normalised float, where a row's k-th run of placeholders takes its image k and M may be 0;
-        positions int32[B, T]; segment_ids int32[B, T], 0 at padding.
+        normalised float, where M may be 0; positions int32[B, T]; segment_ids int32[B, T], 0 at padding.
+        feature_ids int32[B, T] says for each placeholder which of its row's M * P features it takes, NEWLINE
+        that it takes `image_newline`; without them a row's features are taken in order.
         """
-        return self.language_model(self.embed(tokens, images), positions, segment_ids)
+        return self.language_model(self.embed(tokens, images, feature_ids), positions, segment_ids)
 
-    def embed(self, tokens: jax.Array, images: jax.Array) -> jax.Array:
+    def embed(self, tokens: jax.Array, images: jax.Array, feature_ids: jax.Array | None = None) -> jax.Array:
         """Token embeddings with image features in place, float[B, T, D]; arguments as in `__call__`."""
         is_image = tokens == IMAGE_TOKEN
         embeddings = self.language_model.embed_tokens(jnp.where(is_image, 0, tokens))
@@ -95,7 +118,11 @@ class LLaVA(nnx.Module):
         if M == 0:
             return embeddings
         features = self.encode_images(images.reshape(B * M, *images.shape[2:]))
-        return insert_image_features(embeddings, features.reshape(B, -1, features.shape[-1]), is_image)
+        features = features.reshape(B, -1, features.shape[-1])
+        newline = getattr(self.language_model, "image_newline", None)
+        return insert_image_features(
+            embeddings, features, is_image, feature_ids, None if newline is None else newline[...]
+        )
 
     def encode_images(self, images: jax.Array) -> jax.Array:
         """[N, height, width, 3], uint8 or normalised float -> features for the decoder, float[N, P, D]."""
@@ -106,11 +133,18 @@ class LLaVA(nnx.Module):
         return self.multi_modal_projector(features)
 
     def extend(
-        self, tokens: jax.Array, images: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache
+        self,
+        tokens: jax.Array,
+        images: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache,
+        feature_ids: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Next-token logits float32[B, V] after tokens that follow those in the cache, and the longer cache.
 
         The last column of `tokens` must be real in every row (left padding).
         """
-        hidden, cache = self.language_model.extend(self.embed(tokens, images), positions, segment_ids, cache)
+        embeddings = self.embed(tokens, images, feature_ids)
+        hidden, cache = self.language_model.extend(embeddings, positions, segment_ids, cache)
         return self.language_model.logits(hidden[:, -1]), cache
