@@ -14,15 +14,14 @@ from llava_jax.data import batching
 from llava_jax.data.batching import PADDING, Sample
 from llava_jax.data.conversation import (
     IGNORE,
-    IMAGE_TOKEN,
     PLACEHOLDER,
     expand_images,
-    get_template,
     tokenize,
     truncate,
 )
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.records import ImageFolder, Record, check_images, raise_problems, read_records
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 
@@ -158,29 +157,34 @@ class Pipeline:
         """-> tokens and labels int32[T] as they are trained on, and the length before truncation."""
         config = self.config
         try:
-            tokens, labels = tokenize(
-                record.turns, self._template, self._tokenizer, num_images=len(record.images)
+            encoded = tokenize(
+                record.turns,
+                self._template,
+                self._tokenizer,
+                num_images=len(record.images),
+                mask=config.mask,
+                max_length=config.max_length,
             )
             if not record.images and any(PLACEHOLDER in text for _, text in record.turns):
                 raise DataError(
                     f"its text has {PLACEHOLDER}, but it names no image; add 'image' or take that out."
                 )
-            found = np.count_nonzero(tokens == IMAGE_TOKEN)
-            if found != len(record.images):
-                raise DataError(
-                    f"its text has {found} {PLACEHOLDER} for {len(record.images)} images; write one for each."
-                )
-            tokens, labels = expand_images(tokens, labels, self._num_image_tokens)
-            length = len(tokens)
+            encoded = expand_images(encoded, [self._num_image_tokens] * len(record.images))
+            length = len(encoded.tokens)
             if length > config.max_length and config.too_long == "error":
                 raise DataError(
                     f"its {length} tokens exceed data.max_length={config.max_length}; shorten it, raise "
                     "that, or set data.too_long='truncate'."
                 )
-            tokens, labels = truncate(tokens, labels, config.max_length, self._num_image_tokens)
+            encoded, num_images = truncate(encoded, config.max_length, whole_turns=False)
+            if num_images != len(record.images):
+                raise DataError(
+                    f"of its {length} tokens an image ends behind data.max_length={config.max_length}; raise that (an "
+                    f"image takes {self._num_image_tokens} tokens) or shorten the conversation."
+                )
         except DataError as error:
             raise DataError(f"{record.name}: {error}") from error
-        return tokens, labels, length
+        return encoded.tokens, encoded.labels, length
 
     def _load(self, id: int) -> Sample | None:
         if id == PADDING:
