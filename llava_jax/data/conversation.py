@@ -145,13 +145,18 @@ def render_prompt(
     found = question.count(PLACEHOLDER)
     if found != num_images:
         raise DataError(f"the question has {found} {PLACEHOLDER} for {num_images} images: {question[:60]!r}.")
-    turns = [("human", question), ("gpt", "")]
     if template.caption_only:
         text = PLACEHOLDER * num_images
     else:
-        template = dataclasses.replace(template, closing="", skip_empty=True)
-        spans = render(turns, template, num_images=num_images, image_markers=image_markers, system=system)
-        text = "".join(span.text for span in spans)
+        open_ended = dataclasses.replace(template, closing="")
+        spans = render(
+            [("human", question)],
+            open_ended,
+            num_images=num_images,
+            image_markers=image_markers,
+            system=system,
+        )
+        text = "".join(span.text for span in spans) + template.assistant.opening + template.assistant.name
     return _encode(text, tokenizer=tokenizer, split_images=num_images > 0)[0]
 
 

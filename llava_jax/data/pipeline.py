@@ -226,6 +226,7 @@ class Pipeline:
             "records": records,
             "tokenizer": self._tokenizer.fingerprint,
             "template": config.template,
+            "mask": config.mask,
             "image_aspect_ratio": config.image_aspect_ratio,
             "image_size": self._image_size,
             "num_image_tokens": self._num_image_tokens,

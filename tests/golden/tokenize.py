@@ -102,7 +102,7 @@ def _compare_conversation(case: dict, mask: str, tokenizer: SentencePieceTokeniz
     # The original ignored this conversation by accident; learnt is what the assistant said, and how it ended.
     end = get_template(case["template"]).assistant.after
     learnt = tokenizer.decode([label for label in labels if label != IGNORE], skip_special_tokens=False)
-    if end not in tokenizer._special:
+    if tokenizer.special_id(end.strip()) is None:
         # The last token of an <|im_end|> in plain text spells the beginning of what follows too.
         learnt = re.sub(re.escape(end) + "<", end, learnt)
     said, learnt = (
