@@ -11,7 +11,9 @@ from ml_collections import config_flags
 from llava_jax.commands import read_recipe, run_command
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="A recipe, as for training.")
-STAGE = flags.DEFINE_string("stage", None, "The stage of the recipe whose data is checked; default: its first.")
+STAGE = flags.DEFINE_string(
+    "stage", None, "The stage of the recipe whose data is checked; default: its first."
+)
 REPORT = flags.DEFINE_string("report", "report.html", "Where the page is written.")
 DECODE = flags.DEFINE_bool("decode", True, "Decode every image; otherwise only its file is looked for.")
 SAMPLES = flags.DEFINE_integer("samples", 12, "How many samples the page shows.", lower_bound=0)

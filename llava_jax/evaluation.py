@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax.config import Config, EvaluateConfig
-from llava_jax.data.conversation import get_template, render_prompt
+from llava_jax.data.conversation import render_prompt
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.images import load_image
 from llava_jax.data.records import raise_problems
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 from llava_jax.generation import Generator

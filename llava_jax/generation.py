@@ -1,5 +1,6 @@
 """Continues prompts with a KV cache: greedy or sampled, many at a time."""
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,8 +11,9 @@ from jax.sharding import Mesh
 
 from llava_jax.config import MeshConfig, ModelConfig
 from llava_jax.convert.source import ModelSource
-from llava_jax.data.conversation import IMAGE_TOKEN, get_template, render_prompt
+from llava_jax.data.conversation import IMAGE_TOKEN, render_prompt
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.errors import ConfigError
 from llava_jax.models.llama import Cache
@@ -94,6 +96,7 @@ class Generator:
                 f"The prompt takes {max(map(len, sequences))} tokens and leaves no room for an answer in the model's "
                 f"{self.config.text.max_position_embeddings} positions; shorten it."
             )
+        end_ids = self.template.end_ids(self.tokenizer)
         batch = left_pad(sequences, tiles, self.config.vision.image_size, feature_ids)
         batch = jax.device_put(batch, replicated(self.mesh))
         tokens = continue_prompts(
@@ -104,10 +107,10 @@ class Generator:
             top_p,
             graphdef=self.graphdef,
             max_new_tokens=min(max_new_tokens, room),
-            eos_id=self.tokenizer.eos_id,
+            end_ids=end_ids,
             sample=temperature > 0,
         )
-        return [_until(row, self.tokenizer.eos_id) for row in np.asarray(tokens).tolist()]
+        return [_until(row, end_ids) for row in np.asarray(tokens).tolist()]
 
 
 def expand_prompt(
@@ -153,17 +156,17 @@ def left_pad(
     return batch
 
 
-def _until(tokens: list[int], eos_id: int) -> list[int]:
-    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+def _until(tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in end_ids, tokens))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "eos_id", "sample"))
+@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "end_ids", "sample"))
 def continue_prompts(
-    parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, eos_id, sample
+    parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, end_ids, sample
 ) -> jax.Array:
-    """Continues a left-padded batch by max_new_tokens tokens or until every row has ended.
+    """Continues a left-padded batch by max_new_tokens tokens or until every row has ended with one of end_ids.
 
-    -> new tokens int32[B, max_new_tokens]; after a row's end token it holds only end tokens. `sample` draws from
+    -> new tokens int32[B, max_new_tokens]; after a row's end token it holds only end_ids[0]. `sample` draws from
     the smallest set of probability top_p at the given temperature; otherwise the likeliest token is taken.
     """
     model = bind(graphdef, parameters)
@@ -184,10 +187,10 @@ def continue_prompts(
 
     def step(carry):
         i, logits, cache, done, tokens, position = carry
-        token = jnp.where(done, eos_id, choose(logits, jax.random.fold_in(key, i)))
+        token = jnp.where(done, end_ids[0], choose(logits, jax.random.fold_in(key, i)))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
         logits, cache = model.extend(token[:, None], no_images, position, ones, cache)
-        return i + 1, logits, cache, done | (token == eos_id), tokens, position + 1
+        return i + 1, logits, cache, done | jnp.isin(token, jnp.array(end_ids)), tokens, position + 1
 
     cache: Cache = model.language_model.empty_cache(B, T + max_new_tokens)
     logits, cache = model.extend(
@@ -203,7 +206,7 @@ def continue_prompts(
         logits,
         cache,
         jnp.zeros(B, bool),
-        jnp.full((B, max_new_tokens), eos_id, jnp.int32),
+        jnp.full((B, max_new_tokens), end_ids[0], jnp.int32),
         batch["positions"][:, -1:] + 1,
     )
     return jax.lax.while_loop(unfinished, step, carry)[4]

@@ -79,7 +79,11 @@ class Counter:
         self.told = now
         eta = (now - self.start) / done * (total - done)
         line = f"{self.label} {done:,} of {total:,}  ETA {format_seconds(eta)}"
-        print(f"\r{line:<79}" if self.in_place else line, end="" if self.in_place and done < total else "\n", flush=True)
+        print(
+            f"\r{line:<79}" if self.in_place else line,
+            end="" if self.in_place and done < total else "\n",
+            flush=True,
+        )
 
 
 def format_seconds(seconds: float) -> str:

@@ -234,7 +234,9 @@ class _Recorder:
         self.num_bad_samples = len(rows)
         path = self.log.path.with_name(f"bad_samples_{self.stage.name}.jsonl".replace("_.", "."))
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{len(rows):,} samples cannot be used; {path} tells which, and what took their place", flush=True)
+        print(
+            f"{len(rows):,} samples cannot be used; {path} tells which, and what took their place", flush=True
+        )
 
     def _learning_rates(self, step: int) -> dict[str, float]:
         """`learning_rate`, and each module's own where they differ."""
@@ -259,7 +261,7 @@ class _Recorder:
 
 def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:
     rows = [row for row in log.rows() if row.get("stage", "") == stage.name]
-    evaluated = {"eval_loss": row["eval_loss"] for row in rows if "eval_loss" in row}
+    evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
     rows = [row for row in rows if "loss" in row]
     if not rows:  # somebody deleted the log of a finished stage
         return {"steps": stage.num_steps}
@@ -270,5 +272,4 @@ def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:
         "train_steps_per_second": stage.num_steps / seconds,
         "steps": stage.num_steps,
         "epoch": rows[-1]["epoch"],
-        **evaluated,
-    }
+    } | ({"eval_loss": evaluations[-1]} if evaluations else {})

@@ -46,7 +46,7 @@ def ids(dataset):
 def test_one_file_is_taken_in_order(write):
     dataset = open_training(path=write("a.json", records("x", "y")), image_folder="/images")
     assert (len(dataset), ids(dataset)) == (2, ["x", "y"])
-    assert (dataset[1].name, dataset[1].image_folder) == ("record 1 (id 'y')", "/images")
+    assert (dataset[1].name, dataset.folder(1).path) == ("record 1 (id 'y')", "/images")
 
 
 def test_several_files_follow_each_other_and_name_their_records(write):
@@ -80,13 +80,17 @@ def test_datasets_by_name_have_their_own_format_and_folder(write, tmp_path):
     settings = {"dataset": "chat,task,captions", "dataset_dir": str(tmp_path)}
     dataset = open_training(**settings)
     assert ids(dataset) == ["<image>y", "x", "<image>z"]
-    assert [record.image_folder for record in dataset] == [
+    assert [dataset.folder(id).path for id in range(len(dataset))] == [
         f"{tmp_path}/pictures",
         str(tmp_path),
         str(tmp_path),
     ]
     dataset = open_training(**settings, image_folder="/images")
-    assert [record.image_folder for record in dataset] == [f"{tmp_path}/pictures", "/images", "/images"]
+    assert [dataset.folder(id).path for id in range(len(dataset))] == [
+        f"{tmp_path}/pictures",
+        "/images",
+        "/images",
+    ]
     assert dataset[1].name == "task: record 0"
 
 

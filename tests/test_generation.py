@@ -28,7 +28,7 @@ def continue_greedily(source, prompts, images, num_tokens=8, eos_id=NO_END):
     parameters = {name: jnp.asarray(source.read(name)) for name in source.names()}
     expanded = [p.repeat(np.where(p == IMAGE_TOKEN, config.num_image_tokens, 1)) for p in prompts]
     batch = left_pad(expanded, images, config.vision.image_size)
-    how = dict(graphdef=graphdef, max_new_tokens=num_tokens, eos_id=eos_id, sample=False)
+    how = dict(graphdef=graphdef, max_new_tokens=num_tokens, end_ids=(eos_id,), sample=False)
     return np.asarray(continue_prompts(parameters, batch, jax.random.key(0), 0.0, 1.0, **how))
 
 

@@ -35,7 +35,7 @@ def fault(value, index=3, **more):
 def test_a_record_of_llava():
     record = parse(GOOD, 7, folder="/data")
     assert (record.name, record.images, record.turns) == ("record 7 (id 'a')", ("cats/1.jpg",), TURNS)
-    assert (record.system, record.is_frame, record.image_folder) == (None, (False,), "/data")
+    assert (record.system, record.is_frame) == (None, (False,))
 
 
 def test_the_name_begins_with_the_source():

@@ -1,10 +1,13 @@
 """Llama's tokenizer: seams at special strings, byte positions, and what is refused."""
 
 import json
+import pickle
 
 import pytest
+import sentencepiece
 
-from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.data.tokenizer_model import SentencePieceTokenizer
 from llava_jax.errors import DataError
 from tests.tiny_tokenizer import pieces_of, write_tiny_tokenizer
 
@@ -21,7 +24,7 @@ def tokenizer(path):
 
 @pytest.fixture
 def legacy(path):
-    return Tokenizer(str(path), path.read_bytes(), legacy=True)
+    return SentencePieceTokenizer(str(path), path.read_bytes(), legacy=True)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,53 @@ def test_a_model_that_rewrites_text_is_refused(path):
 
     model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
     model.normalizer_spec.remove_extra_whitespaces = True
-    tokenizer = Tokenizer(str(path), model.SerializeToString())
+    tokenizer = SentencePieceTokenizer(str(path), model.SerializeToString())
     with pytest.raises(DataError, match="do not spell the text"):
         tokenizer.encode("cat   cat")
+
+
+def test_words_are_encoded_as_in_the_whole_text(path):
+    text = "the cat  is\n\nthis:\u00e9 \u4e2d\u6587 cat\ncat " + "mat" * 40 + "  "
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer = load_tokenizer(str(path))
+    for _ in range(2):  # words are kept
+        assert tokenizer.encode(text) == reference.encode(text)
+
+
+def test_a_vocabulary_with_spaces_inside_of_tokens_is_encoded_as_a_whole(path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model.pieces.add(piece="\u2581A\u2581cat", type=1, score=-1.0)
+    tokenizer = SentencePieceTokenizer(str(path), model.SerializeToString())
+    assert tokenizer.encode("A cat") == [tokenizer.vocab_size - 1]
+
+
+def test_a_tokenizer_travels_to_other_processes(path):
+    tokenizer = load_tokenizer(str(path), extra_tokens=["<im_start>"])
+    tokenizer.encode("A cat")
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.fingerprint == tokenizer.fingerprint
+    assert copy.encode_with_ends("A cat<im_start>") == tokenizer.encode_with_ends("A cat<im_start>")
+
+
+def test_settings_can_leave_the_beginning_out(path):
+    (path.parent / "tokenizer_config.json").write_text('{"legacy": false, "add_bos_token": false}')
+    without = load_tokenizer(str(path))
+    assert (without.bos_id, without.legacy) == (None, False)
+    (path.parent / "tokenizer_config.json").write_text('{"legacy": false}')
+    assert load_tokenizer(str(path)).bos_id == 1
+    assert load_tokenizer(str(path)).fingerprint != without.fingerprint
+
+
+def test_broken_settings_are_named(path):
+    for content in ("[1]", "{"):
+        (path.parent / "tokenizer_config.json").write_text(content)
+        with pytest.raises(DataError, match=r"tokenizer_config\.json: is not a JSON object"):
+            load_tokenizer(str(path))
+
+
+def test_special_strings_have_an_id(path):
+    tokenizer = load_tokenizer(str(path), extra_tokens=["<im_start>"])
+    ids = [tokenizer.special_id(token) for token in ("</s>", "<im_start>", "cat")]
+    assert ids == [2, tokenizer.vocab_size - 1, None]

@@ -1,10 +1,15 @@
-"""Turns conversations into token ids and labels: templates as data, one renderer, one masker."""
+"""Turns conversations into token ids and labels: one renderer, one masker."""
 
+import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from llava_jax.data.original_masks import learnt_by_original
+from llava_jax.data.templates import Template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 
@@ -13,49 +18,22 @@ IMAGE_TOKEN = -200  # the id of one image placeholder; no tokenizer has it
 PLACEHOLDER = "<image>"
 
 
-@dataclasses.dataclass(frozen=True)
-class Speaker:
-    """How one side's turn is written: `name`, then, unless the text is empty, `before` + text + `after`.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """A conversation as tokens. Labels are the tokens, IGNORE where nothing is learnt and at images."""
 
-    An assistant's turn is learnt from `before` to the end of `after`.
-    """
-
-    name: str
-    before: str
-    after: str
+    tokens: np.ndarray  # int32[T]
+    labels: np.ndarray  # int32[T]
+    round_ends: np.ndarray  # int32[R]: the index just behind each answer, its end token included
+    images: np.ndarray  # int32[M, 2]: each image's first index and the one behind its last
 
 
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """How a conversation is written out."""
+class Span(NamedTuple):
+    """A piece of a conversation's text."""
 
-    system: str
-    human: Speaker
-    assistant: Speaker
-    caption_only: bool = False  # one picture, one caption: what the human asks is not written
-
-
-_SYSTEM = (
-    "A chat between a curious {0} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions. "
-)
-_V1 = Template(_SYSTEM.format("user"), Speaker("USER:", " ", " "), Speaker("ASSISTANT:", " ", "</s>"))
-_PLAIN = Template("", Speaker("", "", ""), Speaker("", "", "\n"), caption_only=True)
-
-TEMPLATES = {
-    "v1": _V1,
-    "vicuna_v1": _V1,
-    "llava_v1": dataclasses.replace(_V1, system=_SYSTEM.format("human")),
-    "plain": _PLAIN,
-    "v0_plain": _PLAIN,
-}
-
-
-def get_template(name: str) -> Template:
-    """The template of that name; raises DataError listing the known ones."""
-    if name not in TEMPLATES:
-        raise DataError(f"data.template={name!r} is not known; choose one of {', '.join(TEMPLATES)}.")
-    return TEMPLATES[name]
+    text: str
+    learnt: bool  # by data.mask="assistant"
+    is_answer: bool = False
 
 
 def tokenize(
@@ -64,60 +42,100 @@ def tokenize(
     tokenizer: Tokenizer,
     *,
     num_images: int,
+    mask: str = "assistant",
+    max_length: int | None = None,
     image_markers: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Writes a conversation as tokens, with labels on what the assistant said and on its end.
+    system: str | None = None,
+) -> Encoded:
+    """Writes a conversation as tokens, each image as one IMAGE_TOKEN, and labels what is learnt.
 
     turns: (role, text) with roles human, gpt, human, ... A placeholder `<image>` becomes one IMAGE_TOKEN;
     in a chat without images it is ordinary text, as in the original. `image_markers` puts `<im_start>` and
-    `<im_end>` around every placeholder.
+    `<im_end>` around every placeholder. system: in place of the template's system text.
 
-    -> tokens int32[T], labels int32[T]; labels are the tokens, IGNORE where nothing is learnt and at images.
-    Raises DataError for a conversation that does not fit the template or has nothing to learn.
+    mask: what is learnt. "assistant": what the assistant says and its end; "last_answer": of that, the last
+    answer; "everything": all text; "original": what the original learns, which may be nothing and depends
+    on `max_length`, the length that it would cut to. Tokens are the same with all of them, and never cut.
+
+    Raises DataError for a conversation that does not fit the template or in which the assistant says nothing.
     """
-    segments = render(turns, template, num_images=num_images, image_markers=image_markers)
-    tokens, begins, ends = _encode(
-        "".join(text for text, _ in segments), tokenizer, split_images=num_images > 0 or template.caption_only
+    template.check(tokenizer)
+    spans = render(turns, template, num_images=num_images, image_markers=image_markers, system=system)
+    encode = functools.partial(
+        _encode, tokenizer=tokenizer, split_images=num_images > 0 or template.caption_only
     )
-    labels = np.full_like(tokens, IGNORE)
-    position = 0
-    for text, learnt in segments:
-        begin, position = position, position + tokenizer.num_bytes(text)
-        if learnt:
-            # A space that the tokenizer adds has no width and belongs to the text behind it.
-            spoken = (begins < position) & (np.maximum(ends, begins + 1) > begin) & (tokens != IMAGE_TOKEN)
-            labels[spoken] = tokens[spoken]
-    if (labels == IGNORE).all():
-        raise DataError("there is nothing to learn: the assistant says nothing.")
-    return tokens, labels
+    tokens, ends = encode("".join(span.text for span in spans))
+    learnt_spans = _learnt_spans(spans, ends, tokenizer)
+    if mask == "original":
+        learnt = learnt_by_original(
+            [(span.text, span.learnt) for span in spans],
+            tokens,
+            template.original_mask,
+            lambda text: encode(text)[0],
+            has_image=num_images > 0,
+            legacy=tokenizer.legacy,
+            pad_id=tokenizer.pad_id,
+            max_length=max_length,
+        )
+    else:
+        learnt = _learnt(learnt_spans, len(tokens), mask)
+    is_image = tokens == IMAGE_TOKEN
+    (images,) = is_image.nonzero()
+    return Encoded(
+        tokens,
+        np.where(learnt & ~is_image, tokens, np.int32(IGNORE)),
+        np.array([end for _, end, is_answer in learnt_spans if is_answer], np.int32),
+        np.array([images, images + 1], np.int32).T,
+    )
 
 
 def render(
-    turns: Sequence[tuple[str, str]], template: Template, *, num_images: int, image_markers: bool = False
-) -> list[tuple[str, bool]]:
-    """Writes a conversation as pieces of text, each with whether it is to be learnt."""
-    if num_images == 1:
-        turns = [(role, _image_first(text)) for role, text in turns]
-    if image_markers and num_images:
-        marked = f"<im_start>{PLACEHOLDER}<im_end>"
-        turns = [(role, text.replace(PLACEHOLDER, marked)) for role, text in turns]
+    turns: Sequence[tuple[str, str]],
+    template: Template,
+    *,
+    num_images: int,
+    image_markers: bool = False,
+    system: str | None = None,
+) -> list[Span]:
+    """Writes a conversation as pieces of text: the first is the system's, an answer and its end are one."""
+    turns = _place_images(turns, template, num_images, image_markers)
     if template.caption_only:
         return _render_caption(turns, template, num_images)
-    segments = [(template.system, False)]
-    for role, text in turns:
-        speaker = template.assistant if role == "gpt" else template.human
-        segments.append((speaker.name, False))
-        if text:
-            segments.append((speaker.before + text + speaker.after, role == "gpt"))
-    return segments
+    system = template.system if system is None else system
+    if system:
+        system = system.join(template.around_system)
+    if template.system_in_question:
+        turns, system = _put_into_question(system, turns), ""
+    spans = [Span(system, False)]
+    for index, (role, text) in enumerate(turns):
+        answers = role == "gpt"
+        speaker = template.assistant if answers else template.human
+        if template.between_rounds and index and not answers:
+            spans.append(Span(template.between_rounds, False))
+        if speaker.opening:
+            spans.append(Span(speaker.opening, True))
+        if speaker.name:
+            spans.append(Span(speaker.name, False))
+        if text or not template.skip_empty:
+            spans.append(Span(speaker.before + text + speaker.after, answers, answers and bool(text)))
+    return [*spans, Span(template.closing, True)] if template.closing else spans
 
 
-def render_prompt(question: str, template: Template, tokenizer: Tokenizer, *, num_images: int) -> np.ndarray:
+def render_prompt(
+    question: str,
+    template: Template,
+    tokenizer: Tokenizer,
+    *,
+    num_images: int,
+    image_markers: bool = False,
+    system: str | None = None,
+) -> np.ndarray:
     """Writes a question so that the assistant's answer comes next -> tokens int32[T].
 
-    Placeholders are placed as in training. A question without any gets each on a line of its own in front.
-    Raises DataError if their number is not `num_images`.
+    All is written as in training, with every template. A question without any placeholder gets each on a line of
+    its own in front. Raises DataError if their number is not `num_images`.
     """
+    template.check(tokenizer)
     if num_images and PLACEHOLDER not in question:
         question = f"{PLACEHOLDER}\n" * num_images + question
     if num_images == 1:
@@ -127,36 +145,82 @@ def render_prompt(question: str, template: Template, tokenizer: Tokenizer, *, nu
     found = question.count(PLACEHOLDER)
     if found != num_images:
         raise DataError(f"the question has {found} {PLACEHOLDER} for {num_images} images: {question[:60]!r}.")
-    human = template.human
-    asked = human.name + human.before + question + human.after
     if template.caption_only:
-        asked = PLACEHOLDER * num_images
-    text = template.system + asked + template.assistant.name
-    return _encode(text, tokenizer, split_images=num_images > 0)[0]
-
-
-def expand_images(
-    tokens: np.ndarray, labels: np.ndarray, num_image_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Repeats every placeholder `num_image_tokens` times: tokens, labels int32[T] -> int32[T'] each."""
-    copies = np.where(tokens == IMAGE_TOKEN, num_image_tokens, 1)
-    return tokens.repeat(copies), labels.repeat(copies)
-
-
-def truncate(
-    tokens: np.ndarray, labels: np.ndarray, max_length: int, num_image_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts expanded tokens and labels int32[T] to `max_length`.
-
-    Raises DataError where that would cut or drop an image.
-    """
-    num_kept = np.count_nonzero(tokens[:max_length] == IMAGE_TOKEN)
-    if num_kept != np.count_nonzero(tokens == IMAGE_TOKEN):
-        raise DataError(
-            f"of its {len(tokens)} tokens an image ends behind data.max_length={max_length}; raise that (an "
-            f"image takes {num_image_tokens} tokens) or shorten the conversation."
+        text = PLACEHOLDER * num_images
+    else:
+        open_ended = dataclasses.replace(template, closing="")
+        spans = render(
+            [("human", question)],
+            open_ended,
+            num_images=num_images,
+            image_markers=image_markers,
+            system=system,
         )
-    return tokens[:max_length], labels[:max_length]
+        text = "".join(span.text for span in spans) + template.assistant.opening + template.assistant.name
+    return _encode(text, tokenizer=tokenizer, split_images=num_images > 0)[0]
+
+
+def expand_images(encoded: Encoded, num_tokens: Sequence[int]) -> Encoded:
+    """Repeats each image's placeholder; num_tokens: how often, for every image in order.
+
+    Raises DataError if the text has more or fewer placeholders.
+    """
+    if len(encoded.images) != len(num_tokens):
+        raise DataError(
+            f"its text has {len(encoded.images)} {PLACEHOLDER} for {len(num_tokens)} images; write one for each."
+        )
+    copies = np.ones(len(encoded.tokens), np.int32)
+    copies[encoded.images[:, 0]] = num_tokens
+    moved = np.concatenate([[0], np.cumsum(copies)]).astype(np.int32)
+    return Encoded(
+        encoded.tokens.repeat(copies),
+        encoded.labels.repeat(copies),
+        moved[encoded.round_ends],
+        moved[encoded.images],
+    )
+
+
+def truncate(encoded: Encoded, max_length: int, *, whole_turns: bool) -> tuple[Encoded, int]:
+    """Cuts to at most `max_length` tokens -> what is left of it and how many of its images that holds.
+
+    whole_turns: cuts behind the last answer that fits, if something is learnt up to there. Otherwise the cut
+    is at `max_length`, or in front of an image that it would go through. What is left may teach nothing.
+    """
+    if len(encoded.tokens) <= max_length:
+        return encoded, len(encoded.images)
+    length = _whole_rounds(encoded, max_length) if whole_turns else 0
+    begins, ends = encoded.images.T
+    if not length:
+        cut_through = begins[(begins < max_length) & (ends > max_length)]
+        length = int(cut_through[0]) if len(cut_through) else max_length
+    num_images = np.count_nonzero(ends <= length)
+    cut = Encoded(
+        encoded.tokens[:length],
+        encoded.labels[:length],
+        encoded.round_ends[encoded.round_ends <= length],
+        encoded.images[:num_images],
+    )
+    return cut, num_images
+
+
+def _whole_rounds(encoded: Encoded, max_length: int) -> int:
+    """The length of the rounds that fit wholly; 0 if they teach nothing."""
+    length = max(encoded.round_ends[encoded.round_ends <= max_length], default=0)
+    return int(length) if (encoded.labels[:length] != IGNORE).any() else 0
+
+
+def _place_images(
+    turns: Sequence[tuple[str, str]], template: Template, num_images: int, image_markers: bool
+) -> Sequence[tuple[str, str]]:
+    """Writes placeholders where and how the original does; without images they are ordinary text."""
+    if num_images == 1:
+        turns = [(role, _image_first(text)) for role, text in turns]
+    written = template.image
+    if image_markers:
+        written = written.replace(PLACEHOLDER, f"<im_start>{PLACEHOLDER}<im_end>")
+    if num_images and written != PLACEHOLDER:
+        turns = [(role, text.replace(PLACEHOLDER, written)) for role, text in turns]
+    return turns
 
 
 def _image_first(text: str) -> str:
@@ -166,37 +230,69 @@ def _image_first(text: str) -> str:
     return f"{PLACEHOLDER}\n{text.replace(PLACEHOLDER, '').strip()}".strip()
 
 
-def _render_caption(
-    turns: Sequence[tuple[str, str]], template: Template, num_images: int
-) -> list[tuple[str, bool]]:
+def _put_into_question(system: str, turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    if turns and not turns[0][1]:
+        raise DataError(
+            "the first question is empty, which this template cannot write; ask something or use 'v1'."
+        )
+    return [(role, text if index else system + text) for index, (role, text) in enumerate(turns)]
+
+
+def _render_caption(turns: Sequence[tuple[str, str]], template: Template, num_images: int) -> list[Span]:
     if len(turns) != 2 or PLACEHOLDER not in turns[0][1]:
         raise DataError(
             f"a caption template takes two turns, a question with {PLACEHOLDER} and its caption; for other "
             "conversations choose a chat template such as data.template='v1'."
         )
     caption = template.assistant.before + turns[1][1] + template.assistant.after
-    return [(PLACEHOLDER * max(num_images, 1), False), (caption, True)]
+    return [Span(PLACEHOLDER * max(num_images, 1), False), Span(caption, True, is_answer=True)]
 
 
-def _encode(
-    text: str, tokenizer: Tokenizer, *, split_images: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """text -> tokens, begins and ends int32[T]: the bytes of text that each token spells, from and to.
+def _encode(text: str, *, tokenizer: Tokenizer, split_images: bool) -> tuple[np.ndarray, list[int]]:
+    """text -> tokens int32[T] and, for each, how many bytes of the text it and those before it spell.
 
     The original tokenizes what lies between placeholders separately, so each part is a text of its own.
     """
-    tokens, begins, ends = [tokenizer.bos_id], [-1], [-1]
+    tokens, ends = ([], []) if tokenizer.bos_id is None else ([tokenizer.bos_id], [0])
     position = 0
     for index, part in enumerate(text.split(PLACEHOLDER) if split_images else [text]):
         if index:
-            tokens.append(IMAGE_TOKEN)
-            begins.append(position)
             position += len(PLACEHOLDER)
+            tokens.append(IMAGE_TOKEN)
             ends.append(position)
         part_tokens, part_ends = tokenizer.encode_with_ends(part)
-        part_ends = [position + end for end in part_ends]
         tokens += part_tokens
-        begins += [position, *part_ends[:-1]] if part_ends else []
-        ends += part_ends
+        ends += [position + end for end in part_ends] if position else part_ends
         position += tokenizer.num_bytes(part)
-    return np.array(tokens, np.int32), np.array(begins, np.int32), np.array(ends, np.int32)
+    return np.array(tokens, np.int32), ends
+
+
+def _learnt_spans(
+    spans: Sequence[Span], ends: list[int], tokenizer: Tokenizer
+) -> list[tuple[int, int, bool]]:
+    """The tokens of spans that are learnt: from and to, and whether it is an answer.
+
+    These are all tokens that spell a part of the span. One that the tokenizer adds spells nothing and belongs to
+    the text behind it.
+    """
+    found, end = [], 0
+    for text, learnt, is_answer in spans:
+        begin, end = end, end + tokenizer.num_bytes(text)
+        if learnt:
+            first = min(bisect.bisect_left(ends, begin) + 1, bisect.bisect_right(ends, begin))
+            last = min(bisect.bisect_left(ends, end) + 1, len(ends))
+            found.append((first, last, is_answer))
+    return found
+
+
+def _learnt(learnt_spans: Sequence[tuple[int, int, bool]], num_tokens: int, mask: str) -> np.ndarray:
+    """Which tokens are learnt -> bool[T]; raises DataError if the assistant says nothing."""
+    if mask == "everything":
+        return np.arange(num_tokens) > 0  # nothing predicts the first
+    answers = [index for index, (*_, is_answer) in enumerate(learnt_spans) if is_answer]
+    if not answers:
+        raise DataError("there is nothing to learn: the assistant says nothing.")
+    learnt = np.zeros(num_tokens, bool)
+    for first, last, _ in learnt_spans[answers[-1] if mask == "last_answer" else 0 :]:
+        learnt[first:last] = True
+    return learnt

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -66,8 +66,9 @@ class Dataset:
             source=prefix,
         )
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self[id] for id in range(len(self)))
+    def folder(self, id: int) -> ImageFolder:
+        """Where the images of a sample are."""
+        return self.sources[self.picks[id, 0]].folder
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -130,7 +130,9 @@ def _counts(measured: Measurements, usable: np.ndarray) -> dict[str, str]:
         "longest sample": lengths.max(initial=0),
     }
     share = supervised.sum() / max(1, lengths.sum())
-    return {name: f"{count:,}" for name, count in counts.items()} | {"share of supervised tokens": f"{share:.1%}"}
+    return {name: f"{count:,}" for name, count in counts.items()} | {
+        "share of supervised tokens": f"{share:.1%}"
+    }
 
 
 def _find_duplicates(reader: SampleReader, ids: np.ndarray) -> dict[str, list[str]]:

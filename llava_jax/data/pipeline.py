@@ -1,237 +1,238 @@
-"""From a records file to batches: checked before training, loaded in threads, resumable at any step."""
+"""From records to batches: checked before training, loaded in threads, resumable at any step."""
 
+import contextlib
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 
-from llava_jax.config import DataConfig
+from llava_jax.config import ConfigError, DataConfig
 from llava_jax.data import batching
-from llava_jax.data.batching import PADDING, Sample
-from llava_jax.data.conversation import (
-    IGNORE,
-    expand_images,
-    get_template,
-    tokenize,
-    truncate,
-)
-from llava_jax.data.dataset import open_datasets
-from llava_jax.data.image_folder import ImageFolder
-from llava_jax.data.images import load_image, preprocess
-from llava_jax.data.records import Record, raise_problems
+from llava_jax.data.batching import Sample
+from llava_jax.data.dataset import Dataset
+from llava_jax.data.image_processor import ImageProcessor
+from llava_jax.data.measuring import measure
+from llava_jax.data.packing import default_max_images
+from llava_jax.data.samples import SampleReader
+from llava_jax.data.schedules import PackedSchedule, PaddedSchedule, Schedule, grouped_order
+from llava_jax.data.soundness import BadSamples, find_problems, require_sound
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 
 _BATCHES_AHEAD = 2  # loaded while the device computes
+_ROW_LENGTHS = (
+    4  # a packed row holds so many samples of data.max_length, unless data.row_length says otherwise
+)
+_REPLACEMENTS_TRIED = 100
 
 
 class Pipeline:
     """The training data of one stage.
 
-    Building it reads, checks and tokenizes every record once, so that each step's shapes are known and
-    bad records are reported before training: DataError with the first of them and their number. Batches
-    are functions of the step alone; nothing has to be saved to resume.
+    Building it measures every sample, so that each step's shapes are known and bad records are reported before
+    training: DataError with the first of them and their number. Batches are functions of the step alone; nothing
+    has to be saved to resume.
     """
 
     def __init__(
         self,
         config: DataConfig,
+        dataset: Dataset,
         *,
         tokenizer: Tokenizer,
-        image_size: int,
-        num_image_tokens: int,
+        images: ImageProcessor,
         seed: int,
         accumulation_steps: int = 1,
         process_index: int = 0,
         process_count: int = 1,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         if config.batch_size % (accumulation_steps * process_count):
-            raise DataError(
+            raise ConfigError(
                 f"data.batch_size={config.batch_size} is not a multiple of train.accumulation_steps="
                 f"{accumulation_steps} times the {process_count} processes; change one of them."
             )
         self.config = config
-        self._tokenizer = tokenizer
-        self._template = get_template(config.template)
-        self._image_size = image_size
-        self._num_image_tokens = num_image_tokens
+        self.dataset = dataset
+        self._images = images
         self._seed = seed
-        self._num_rows = config.batch_size // process_count
+        self._accumulation_steps = accumulation_steps
         self._rows = functools.partial(
             batching.process_rows,
             accumulation_steps=accumulation_steps,
             process_index=process_index,
             process_count=process_count,
         )
-        self._records = self._read_records()
-        self._folder = ImageFolder(config.image_folder)
-        if any(record.images for record in self._records) and not os.path.isdir(config.image_folder):
-            raise DataError(
-                f"data.image_folder={config.image_folder!r} is no directory, but records of {config.path} have images."
-            )
-        images = [(record.name, image) for record in self._records for image in record.images]
-        missing = self._folder.missing(image for _, image in images)
-        raise_problems(config.path, [f"{images[position][0]}: {fault}" for position, fault in missing])
-        self._measure()
+        self._num_rows = config.batch_size // process_count
+        self._reader = SampleReader(dataset, config, tokenizer, images)
+        self.measured = measure(
+            self._reader,
+            cache_dir=config.cache_dir,
+            overwrite_cache=config.overwrite_cache,
+            progress=progress,
+        )
+        problems = find_problems(dataset, self.measured)
+        require_sound(config, self.measured, problems)
+        self.bad_samples = BadSamples(config, len(dataset), problems)
+        self._usable = np.setdiff1d(np.arange(len(dataset)), list(problems))  # what the schedule counts
+        self.schedule = self._make_schedule()
         self.fingerprint = self._fingerprint()
-        self._epoch_order = functools.lru_cache(maxsize=2)(self._draw_epoch_order)
 
     @property
     def num_samples(self) -> int:
-        return len(self._records)
+        """How many samples an epoch has; unusable ones that are skipped do not count."""
+        return len(self._usable)
 
     @property
     def steps_per_epoch(self) -> int:
-        return batching.steps_per_epoch(self.num_samples, self.config.batch_size)
+        return self.schedule.steps_per_epoch
 
     def summary(self) -> dict[str, int]:
-        """Counts over all samples, for a person to check before training."""
-        num_with_image = int(np.count_nonzero(self._num_images))
+        """Counts over all usable samples, for a person to check before training."""
+        measured, usable = self.measured, self._usable
+        num_images = measured.num_images[usable]
         return {
             "samples": self.num_samples,
-            "samples_with_image": num_with_image,
-            "samples_text_only": self.num_samples - num_with_image,
-            "samples_truncated": self._num_truncated,
-            "samples_emptied_by_truncation": int(np.count_nonzero(self._num_supervised == 0)),
-            "images": int(self._num_images.sum()),
-            "tokens": int(self._lengths.sum()),
-            "supervised_tokens": int(self._num_supervised.sum()),
-            "longest_sample": int(self._lengths.max()),
+            "samples_with_image": int(np.count_nonzero(num_images)),
+            "samples_text_only": int(np.count_nonzero(num_images == 0)),
+            "samples_truncated": int(np.count_nonzero(measured.full_lengths > measured.lengths)),
+            "samples_teaching_nothing": int(np.count_nonzero(measured.num_supervised[usable] == 0)),
+            "samples_unusable": len(self.dataset) - self.num_samples,
+            "images": int(num_images.sum()),
+            "tokens": int(measured.lengths.sum()),
+            "supervised_tokens": int(measured.num_supervised.sum()),
+            "longest_sample": int(measured.lengths.max()),
         }
 
-    def sample_ids(self, step: int) -> np.ndarray:
-        """The samples of a step, over all processes: int64[batch_size], -1 for rows left empty."""
-        order = self._epoch_order(step // self.steps_per_epoch)
-        return batching.sample_ids(step, order=order, batch_size=self.config.batch_size)
+    def shapes(self, first_step: int, last_step: int) -> list[tuple[int, int]]:
+        """The different (tokens, image slots) of rows in these steps; each is a program to compile."""
+        epochs = range(first_step // self.steps_per_epoch, -(-last_step // self.steps_per_epoch))
+        return sorted({shape for epoch in epochs for shape in self.schedule.shapes(epoch)})
+
+    def step_rows(self, step: int) -> list[np.ndarray]:
+        """The ids of the samples in each row of a step, over all processes: int64[n] each."""
+        return [self._usable[row] for row in self.schedule.step_rows(step)]
+
+    def count(self, step: int) -> tuple[int, int]:
+        """How many tokens and images a step has, over all processes, padding not counted."""
+        ids = np.concatenate(self.step_rows(step))
+        return int(self.measured.lengths[ids].sum()), int(self.measured.num_images[ids].sum())
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This process's part of a step's batch.
 
-        -> tokens, labels, positions, segment_ids int32[A, B, T], images uint8[A, B, M, H, W, 3] with
-        A = accumulation steps and B = rows of a microbatch on this process. T and M are the same on all
-        processes. Raises DataError naming the record of an image that cannot be used.
+        -> tokens, labels, positions, segment_ids int32[A, B, T], images uint8[A, B, M, H, W, 3] and, of tiled
+        images, feature_ids int32[A, B, T], with A = accumulation steps and B = rows of a microbatch on this
+        process. T and M are the same on all processes. Raises DataError naming the record of an image that
+        cannot be used, unless such samples are skipped.
         """
-        return self._collate(step, [self._load(id) for id in self._rows(self.sample_ids(step)).flat])
+        rows = self._process_rows(step)
+        return self._collate(step, [self._load(ids) for ids in rows])
 
     def iterate(self, first_step: int, last_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields `batch(step)` for first_step <= step < last_step, loaded ahead by `config.num_threads`."""
         num_rows = self._num_rows
 
-        def load(index: int) -> tuple[int, Sample | None]:
+        def load(index: int) -> tuple[int, list[Sample]]:
             step, row = first_step + index // num_rows, index % num_rows
-            return step, self._load(self._rows(self.sample_ids(step)).flat[row])
+            return step, self._load(self._process_rows(step)[row])
 
         threads = self.config.num_threads
         buffer = max(threads, _BATCHES_AHEAD * num_rows) if threads else 0
         rows = grain.MapDataset.range((last_step - first_step) * num_rows).map(load)
         rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
         return iter(
-            rows.batch(num_rows, batch_fn=lambda pairs: self._collate(pairs[0][0], [s for _, s in pairs]))
+            rows.batch(num_rows, batch_fn=lambda pairs: self._collate(pairs[0][0], [row for _, row in pairs]))
         )
 
-    def _read_records(self) -> list[Record]:
-        dataset, _ = open_datasets(self.config, self._seed)
-        records, problems = [], []
-        for id in range(len(dataset)):
-            try:
-                records.append(dataset[id])
-            except DataError as error:
-                problems.append(str(error))
-        raise_problems(self.config.path, problems)
-        return records
+    def _process_rows(self, step: int) -> list[np.ndarray]:
+        """The ids of the samples in each of this process's rows of a step."""
+        rows = self.step_rows(step)
+        return [rows[row] for row in self._rows(np.arange(len(rows))).flat]
 
-    def _measure(self) -> None:
-        """Tokenizes every record: lengths, images and supervised tokens int32[num_samples]."""
-        self._lengths = np.zeros(self.num_samples, np.int32)
-        self._num_supervised = np.zeros(self.num_samples, np.int32)
-        self._num_images = np.array([len(record.images) for record in self._records], np.int32)
-        self._num_truncated = 0
-        problems = []
-        for index, record in enumerate(self._records):
-            try:
-                tokens, labels, full_length = self._tokenize(record)
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            self._lengths[index] = len(tokens)
-            self._num_supervised[index] = np.count_nonzero(labels != IGNORE)
-            self._num_truncated += full_length > len(tokens)
-        raise_problems(self.config.path, problems)
-        if not self._num_supervised.any():
-            raise DataError(
-                f"{self.config.path}: nothing is left to learn: data.max_length={self.config.max_length} cuts off every "
-                "answer; raise it."
-            )
+    def _load(self, ids: np.ndarray) -> list[Sample]:
+        return [self._read(int(id)) for id in ids]
 
-    def _tokenize(self, record: Record) -> tuple[np.ndarray, np.ndarray, int]:
-        """-> tokens and labels int32[T] as they are trained on, and the length before truncation."""
-        config = self.config
+    def _read(self, id: int) -> Sample:
+        """The sample, or what takes its place if its images cannot be used and such samples are skipped."""
         try:
-            tokens, labels = tokenize(
-                record.turns, self._template, self._tokenizer, num_images=len(record.images)
-            )
-            tokens, labels = expand_images(tokens, labels, self._num_image_tokens)
-            length = len(tokens)
-            if length > config.max_length and config.too_long == "error":
-                raise DataError(
-                    f"its {length} tokens exceed data.max_length={config.max_length}; shorten it, raise "
-                    "that, or set data.too_long='truncate'."
-                )
-            tokens, labels = truncate(tokens, labels, config.max_length, self._num_image_tokens)
+            return self._reader.read(id)
         except DataError as error:
-            raise DataError(f"{record.name}: {error}") from error
-        return tokens, labels, length
+            if self.config.on_bad_sample == "error":
+                raise
+            replacement, sample = self._replace(id, error)
+            self.bad_samples.add(id, str(error), self.dataset[replacement].name)
+            return sample
 
-    def _load(self, id: int) -> Sample | None:
-        if id == PADDING:
-            return None
-        record = self._records[id]
-        tokens, labels, _ = self._tokenize(record)
-        images = np.zeros((len(record.images), self._image_size, self._image_size, 3), np.uint8)
-        for slot, image in enumerate(record.images):
-            try:
-                pixels = load_image(self._folder.locate(image))
-                images[slot] = preprocess(pixels, self._image_size, self.config.image_aspect_ratio)
-            except DataError as error:
-                raise DataError(f"{self.config.path}: {record.name}: {error}") from error
-        return Sample(tokens, labels, images)
+    def _replace(self, id: int, error: DataError) -> tuple[int, Sample]:
+        """The next sample that needs no more room and can be read: a function of the data alone."""
+        measured = self.measured
+        fits = (measured.lengths <= measured.lengths[id]) & (measured.num_tiles <= measured.num_tiles[id])
+        candidates = self._usable[fits[self._usable]]
+        candidates = np.roll(candidates, -np.searchsorted(candidates, id, side="right"))
+        for other in candidates[:_REPLACEMENTS_TRIED].tolist():
+            with contextlib.suppress(DataError):
+                return other, self._reader.read(other)
+        raise error  # whatever comes next is as bad; the data is broken
 
-    def _collate(self, step: int, samples: list[Sample | None]) -> dict[str, np.ndarray]:
-        ids = self.sample_ids(step)
-        real = ids[ids != PADDING]
+    def _collate(self, step: int, rows: list[list[Sample]]) -> dict[str, np.ndarray]:
+        length, num_images = self.schedule.step_shape(step)
+        tiled = self.config.image_aspect_ratio == "anyres"
         batch = batching.collate(
-            samples,
-            length=batching.bucket_length(int(self._lengths[real].max()), self.config.max_length),
-            num_images=batching.bucket_images(int(self._num_images[real].max())),
-            image_size=self._image_size,
+            rows,
+            length=length,
+            num_images=num_images,
+            image_size=self._images.model.vision.image_size,
+            features_per_image=self._images.model.num_image_tokens if tiled else None,
         )
-        leading = self._rows(ids).shape
+        leading = (self._accumulation_steps, self._num_rows // self._accumulation_steps)
         return {key: value.reshape(leading + value.shape[1:]) for key, value in batch.items()}
 
-    def _draw_epoch_order(self, epoch: int) -> np.ndarray:
-        return batching.epoch_order(
-            epoch, num_samples=self.num_samples, seed=self._seed, shuffle=self.config.shuffle
+    def _make_schedule(self) -> Schedule:
+        config, measured, usable = self.config, self.measured, self._usable
+        lengths, num_tiles = measured.lengths[usable], measured.num_tiles[usable]
+        if config.packing:
+            row_length = config.row_length or _ROW_LENGTHS * config.max_length
+            return PackedSchedule(
+                lengths,
+                num_tiles,
+                batch_size=config.batch_size,
+                row_length=row_length,
+                max_images=config.max_images_per_row
+                or default_max_images(lengths, num_tiles, row_length=row_length),
+                seed=self._seed,
+            )
+        if config.group_by_modality_length:
+            draw_order = functools.partial(
+                grouped_order,
+                lengths=lengths,
+                num_images=num_tiles,
+                batch_size=config.batch_size,
+                accumulation_steps=self._accumulation_steps,
+                seed=self._seed,
+            )
+        else:
+            draw_order = functools.partial(
+                batching.epoch_order, num_samples=len(usable), seed=self._seed, shuffle=config.shuffle
+            )
+        return PaddedSchedule(
+            lengths, num_tiles, draw_order, batch_size=config.batch_size, max_length=config.max_length
         )
 
     def _fingerprint(self) -> str:
         """Hex digest of all that the batch of a step depends on, except for what the image files hold."""
         config = self.config
-        with open(config.path, "rb") as file:
-            records = hashlib.file_digest(file, "sha256").hexdigest()
-        parts = {
-            "records": records,
-            "tokenizer": self._tokenizer.fingerprint,
-            "template": config.template,
-            "image_aspect_ratio": config.image_aspect_ratio,
-            "image_size": self._image_size,
-            "num_image_tokens": self._num_image_tokens,
-            "max_length": config.max_length,
+        parts = self._reader.settings() | {
+            "unusable": sorted(self.bad_samples.before_training),
             "batch_size": config.batch_size,
             "shuffle": config.shuffle,
+            "group_by_modality_length": config.group_by_modality_length,
+            "packing": config.packing,
+            "row_length": config.row_length,
+            "max_images_per_row": config.max_images_per_row,
             "seed": self._seed,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -24,11 +24,10 @@ class Record:
     """
 
     name: str  # for messages: "record 7 (id 'abc')", behind the name of its file if there are several
-    images: tuple[str, ...]  # paths relative to `image_folder`
+    images: tuple[str, ...]  # paths below the image folder
     turns: tuple[tuple[str, str], ...]
     system: str | None = None  # in place of the template's
     is_frame: tuple[bool, ...] = ()  # for each image, whether it is from a video
-    image_folder: str = "."
 
 
 def parse_record(
@@ -56,7 +55,7 @@ def parse_record(
         turns, images, is_frame = _arrange(said, videos)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
-    return Record(name, images, turns, said.system, is_frame, folder.path)
+    return Record(name, images, turns, said.system, is_frame)
 
 
 def raise_problems(path: str, problems: Sequence[str]) -> None:

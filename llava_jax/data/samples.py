@@ -7,10 +7,10 @@ import numpy as np
 
 from llava_jax.config import DataConfig
 from llava_jax.data.batching import Sample
-from llava_jax.data.conversation import Encoded, expand_images, tokenize, truncate
+from llava_jax.data.conversation import IMAGE_TOKEN, expand_images, tokenize, truncate
 from llava_jax.data.dataset import Dataset
 from llava_jax.data.image_folder import ImageFolder
-from llava_jax.data.image_processor import ImageLayout, ImageProcessor
+from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.records import Record
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer
@@ -72,7 +72,9 @@ class SampleReader:
         try:
             tiles = [
                 self.images.read(folder.locate(image), is_frame=is_frame)
-                for image, is_frame in islice(zip(record.images, record.is_frame, strict=True), outline.num_images)
+                for image, is_frame in islice(
+                    zip(record.images, record.is_frame, strict=True), outline.num_images
+                )
             ]
         except DataError as error:
             raise DataError(f"{record.name}: {error}") from error
@@ -110,7 +112,7 @@ class SampleReader:
             record,
             encoded.tokens,
             encoded.labels,
-            self._feature_ids(encoded, layouts) if config.image_aspect_ratio == "anyres" else None,
+            self._feature_ids(encoded.tokens, layouts) if config.image_aspect_ratio == "anyres" else None,
             num_images,
             sum(layout.num_tiles for layout in layouts),
             full_length,
@@ -121,11 +123,8 @@ class SampleReader:
         path = folder.locate(image) if self.config.image_aspect_ratio == "anyres" else image
         return self.images.layout(path, is_frame=is_frame)
 
-    def _feature_ids(self, encoded: Encoded, layouts: list[ImageLayout]) -> np.ndarray:
-        """Which feature each placeholder takes, counted over the sample's tiles: int32[T]."""
-        ids = np.zeros(len(encoded.tokens), np.int32)
-        first_feature = 0
-        for (begin, end), layout in zip(encoded.images, layouts, strict=True):
-            ids[begin:end] = np.where(layout.feature_ids < 0, -1, layout.feature_ids + first_feature)
-            first_feature += layout.num_tiles * self.images.model.num_image_tokens
+    def _feature_ids(self, tokens: np.ndarray, layouts: list[ImageLayout]) -> np.ndarray:
+        """Which of the sample's features each placeholder takes: int32[T], 0 at text."""
+        ids = np.zeros(len(tokens), np.int32)
+        ids[tokens == IMAGE_TOKEN] = row_feature_ids(layouts, self.images.model.num_image_tokens)
         return ids

@@ -197,7 +197,7 @@ def _check_generation(name: str, model, runs: list[dict], data: dict) -> Iterato
         images.append(list(data[f"g{i}_images"].transpose(0, 2, 3, 1).astype(np.float32)))
     for rows in ([0], list(range(len(runs)))):  # alone and batched
         batch = left_pad([prompts[i] for i in rows], [images[i] for i in rows], config.vision.image_size)
-        how = dict(graphdef=graphdef, max_new_tokens=len(runs[0]["tokens"]), eos_id=2, sample=False)
+        how = dict(graphdef=graphdef, max_new_tokens=len(runs[0]["tokens"]), end_ids=(2,), sample=False)
         found = np.asarray(continue_prompts(parameters, batch, jax.random.key(0), 0.0, 1.0, **how))
         for i, tokens in zip(rows, found.tolist(), strict=True):
             same = tokens == data[f"g{i}_tokens"].tolist()
