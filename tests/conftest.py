@@ -50,6 +50,7 @@ def tiny_recipe(shapes_dataset):
     config.data.max_length = 192
     config.data.batch_size = 8
     config.data.num_threads = 2
+    config.data.cache_dir = ""
     config.optimizer.learning_rate = 1e-3
     config.train.update(max_steps=4, dtype="float32", frozen_dtype="float32", remat="none", log_steps=1)
     config.mesh.update(data=1, fsdp=1, tensor=1)

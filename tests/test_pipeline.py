@@ -1,18 +1,25 @@
 """The whole way from a records file to batches."""
 
+import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax.config import DataConfig
+from llava_jax.config import DataConfig, ModelConfig, VisionConfig
+from llava_jax.data.dataset import open_datasets
+from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.errors import DataError
+from llava_jax.errors import ConfigError, DataError
 from tests.tiny_tokenizer import pieces_of, write_tiny_tokenizer
 
-NUM_IMAGE_TOKENS = 4
+VISION = VisionConfig(image_size=8, patch_size=4)
+MODEL = ModelConfig(vision=VISION)
+NUM_IMAGE_TOKENS = MODEL.num_image_tokens
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def seven_records():
 
 
 def make(folder, tokenizer, records, **settings):
-    path = folder / "records.json"
+    path = Path(tempfile.mkdtemp(dir=folder)) / "records.json"  # read lazily: pipelines may not share it
     path.write_text(json.dumps(records))
     own = {key: settings.pop(key) for key in list(settings) if key not in DataConfig.__dataclass_fields__}
     config = DataConfig(
@@ -54,11 +61,13 @@ def make(folder, tokenizer, records, **settings):
             "batch_size": 4,
             "max_length": 512,
             "num_threads": 2,
+            "cache_dir": "",
         }
         | settings
     )
-    arguments = {"image_size": 8, "num_image_tokens": NUM_IMAGE_TOKENS, "seed": 1} | own
-    return Pipeline(config, tokenizer=tokenizer, **arguments)
+    arguments = {"images": ImageProcessor.from_config(config, MODEL), "seed": 1} | own
+    dataset, _ = open_datasets(config, seed=1)
+    return Pipeline(config, dataset, tokenizer=tokenizer, **arguments)
 
 
 def assert_equal(first, second):
@@ -108,14 +117,14 @@ def test_every_epoch_sees_every_sample_once_in_another_order(folder, tokenizer):
     pipeline = make(folder, tokenizer, seven_records())
     assert (pipeline.num_samples, pipeline.steps_per_epoch) == (7, 2)
     epochs = [
-        np.concatenate([pipeline.sample_ids(step) for step in (2 * epoch, 2 * epoch + 1)]) for epoch in (0, 1)
+        np.concatenate(pipeline.step_rows(2 * epoch) + pipeline.step_rows(2 * epoch + 1)) for epoch in (0, 1)
     ]
-    assert [sorted(epoch) for epoch in epochs] == [[-1, 0, 1, 2, 3, 4, 5, 6]] * 2
+    assert [sorted(epoch) for epoch in epochs] == [[0, 1, 2, 3, 4, 5, 6]] * 2
     assert epochs[0].tolist() != epochs[1].tolist()
     cat = tokenizer.encode("cat")[0]
     for step in range(4):
         cats = np.count_nonzero(pipeline.batch(step)["labels"][0] == cat, axis=1)
-        assert cats.tolist() == [id + 1 for id in pipeline.sample_ids(step)]
+        assert cats.tolist() == [sum(id + 1 for id in row) for row in pipeline.step_rows(step)]
 
 
 def test_empty_rows_fill_the_last_step(folder, tokenizer):
@@ -124,15 +133,52 @@ def test_empty_rows_fill_the_last_step(folder, tokenizer):
     assert batch["labels"][0, 3].max() == -100
 
 
-def test_the_rows_of_two_processes_are_the_rows_of_one(folder, tokenizer):
+ORDERS = ({}, {"group_by_modality_length": True}, {"packing": True, "row_length": 512})
+
+
+@pytest.mark.parametrize("settings", ORDERS, ids=["shuffled", "grouped", "packed"])
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_the_rows_of_all_processes_are_the_rows_of_one(folder, tokenizer, settings, process_count):
     def batches(**processes):
-        return list(make(folder, tokenizer, seven_records(), accumulation_steps=2, **processes).iterate(0, 3))
+        settings_ = {"batch_size": 8, "accumulation_steps": 2} | settings | processes
+        return list(make(folder, tokenizer, seven_records() * 3, **settings_).iterate(0, 3))
 
     one = batches()
-    two = [batches(process_index=index, process_count=2) for index in range(2)]
+    several = [batches(process_index=index, process_count=process_count) for index in range(process_count)]
     for step, whole in enumerate(one):
-        parts = [batches[step] for batches in two]
+        parts = [batches[step] for batches in several]
         assert_equal(whole, {key: np.concatenate([part[key] for part in parts], axis=1) for key in whole})
+
+
+@pytest.mark.parametrize("settings", ORDERS, ids=["shuffled", "grouped", "packed"])
+@pytest.mark.parametrize("num_threads", [0, 1, 2])
+def test_batches_do_not_depend_on_threads_or_on_where_loading_starts(
+    folder, tokenizer, settings, num_threads
+):
+    pipeline = make(folder, tokenizer, seven_records() * 3, **settings, num_threads=num_threads)
+    for step, batch in enumerate(pipeline.iterate(1, 4), start=1):
+        assert_equal(batch, pipeline.batch(step))
+
+
+def test_a_packed_row_holds_samples_one_after_the_other(folder, tokenizer):
+    pipeline = make(folder, tokenizer, seven_records(), packing=True, max_images_per_row=6, batch_size=1)
+    assert pipeline.steps_per_epoch == 1
+    (ids,) = pipeline.step_rows(0)
+    assert sorted(ids) == list(range(7))
+    batch = {key: value[0, 0] for key, value in pipeline.batch(0).items()}
+    cat = tokenizer.encode("cat")[0]
+    begin = 0
+    for segment, id in enumerate(ids, start=1):
+        length = pipeline.measured.lengths[id]
+        place = slice(begin, begin + length)
+        assert (batch["segment_ids"][place] == segment).all()
+        assert batch["positions"][place].tolist() == list(range(length))
+        assert np.count_nonzero(batch["labels"][place] == cat) == id + 1
+        begin += length
+    assert (batch["segment_ids"][begin:] == 0).all()
+    named = [seven_records()[id].get("image", []) for id in ids]
+    values = [int(name[0]) + 1 for names in named for name in ([names] if isinstance(names, str) else names)]
+    assert batch["images"][: len(values), 0, 0, 0].tolist() == values
 
 
 def test_processes_agree_on_shapes_when_their_rows_differ(folder, tokenizer):
@@ -156,7 +202,7 @@ def test_accumulation_only_arranges_rows(folder, tokenizer):
 
 def test_rows_that_cannot_be_dealt_out_evenly_are_refused(folder, tokenizer):
     with pytest.raises(
-        DataError, match=r"data\.batch_size=4 is not a multiple of train\.accumulation_steps=1 times the 3"
+        ConfigError, match=r"data\.batch_size=4 is not a multiple of train\.accumulation_steps=1 times the 3"
     ):
         make(folder, tokenizer, seven_records(), process_count=3)
 
@@ -178,13 +224,25 @@ def test_the_summary_counts(folder, tokenizer):
         "images": 3,
     }
     assert lengths["supervised_tokens"] == 3 * len(["_dog", "</s>"])
-    assert lengths["samples_truncated"] == lengths["samples_emptied_by_truncation"] == 0
-    longest = lengths["longest_sample"]
+    assert lengths["samples_truncated"] == lengths["samples_teaching_nothing"] == 0
 
+
+def test_the_summary_counts_what_truncation_cuts(folder, tokenizer):
+    records = [*(record(number) for number in range(20)), record(20, "0.png")]
+    longest = make(folder, tokenizer, records).summary()["longest_sample"]
     cut = make(folder, tokenizer, records, max_length=longest - 1).summary()
-    assert (cut["samples_truncated"], cut["longest_sample"], cut["supervised_tokens"]) == (1, longest - 1, 5)
+    assert (cut["samples_truncated"], cut["longest_sample"], cut["supervised_tokens"]) == (1, longest - 1, 41)
     cut = make(folder, tokenizer, records, max_length=longest - 2).summary()
-    assert (cut["samples_truncated"], cut["samples_emptied_by_truncation"]) == (1, 1)
+    assert (cut["samples_truncated"], cut["samples_teaching_nothing"]) == (1, 1)
+
+
+def test_data_in_which_a_tenth_teaches_nothing_is_refused(folder, tokenizer):
+    records = [*(record(number) for number in range(9)), record(9, "0.png")]
+    longest = make(folder, tokenizer, records).summary()["longest_sample"]
+    with pytest.raises(
+        DataError, match=r"1 of 10 samples teach nothing, because data\.max_length=\d+ cuts off"
+    ):
+        make(folder, tokenizer, records, max_length=longest - 2)
 
 
 def test_long_samples_can_be_an_error(folder, tokenizer):
@@ -207,10 +265,6 @@ def test_long_samples_can_be_an_error(folder, tokenizer):
             record(9, "0.png", question="cat " * 400) | {"image": ["0.png"] * 2},
             "its text has 1 <image> for 2 images",
         ),
-        (
-            record(9, ["0.png"], "cat " * 600 + "<image>") | {"image": ["0.png"] * 2},
-            "ends behind data.max_length=512",
-        ),
     ],
 )
 def test_bad_records_are_named_before_training(folder, tokenizer, bad, message):
@@ -226,7 +280,7 @@ def test_a_broken_image_is_named_when_it_is_loaded(folder, tokenizer):
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
     pipeline = make(folder, tokenizer, [record(7, "broken.png")], batch_size=1)
     for take in (lambda: pipeline.batch(0), lambda: next(pipeline.iterate(0, 1))):
-        with pytest.raises(DataError, match=r"records\.json: record 0 \(id 7\): .*broken\.png: "):
+        with pytest.raises(DataError, match=r"record 0 \(id 7\): .*broken\.png: "):
             take()
 
 
@@ -240,8 +294,13 @@ def test_the_fingerprint_changes_with_what_batches_depend_on(folder, tokenizer):
         {"max_length": 256},
         {"batch_size": 2},
         {"shuffle": False},
-        {"image_size": 16},
-        {"num_image_tokens": 5},
+        {"mask": "everything"},
+        {"packing": True},
+        {"packing": True, "row_length": 1024},
+        {"group_by_modality_length": True},
+        {"images": ImageProcessor(ModelConfig(vision=dataclasses.replace(VISION, image_size=16)))},
+        {"images": ImageProcessor(dataclasses.replace(MODEL, select_feature="cls_patch"))},
+        {"images": ImageProcessor(MODEL, max_pixels=4)},
         {"seed": 2},
     ]
     others = [make(folder, tokenizer, records, **change).fingerprint for change in changes]
@@ -261,3 +320,68 @@ def test_data_needs_no_jax():
         names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
         names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
         assert not {name.split(".")[0] for name in names} & {"jax", "flax", "torch", "transformers"}
+
+
+def broken_among(folder, number, count=40):
+    """Records of which one has a damaged image, and one after it one that is readable."""
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    records = [record(id, "0.png" if id % 2 else None) for id in range(count)]
+    records[number] = record(number, "broken.png", answer="cat cat")
+    return records
+
+
+def test_a_sample_with_a_broken_image_is_replaced_and_reported(folder, tokenizer):
+    records = broken_among(folder, 3)
+    skipping = make(folder, tokenizer, records, batch_size=8, on_bad_sample="skip", max_bad_share=0.05)
+    records[3] = records[4]
+    expected = make(folder, tokenizer, records, batch_size=8)
+    for step, batch in enumerate(skipping.iterate(0, 5)):
+        assert_equal(batch, expected.batch(step))
+    (row,) = skipping.bad_samples.report()
+    assert row["replaced_by"] == "record 4 (id 4)"
+    assert "record 3 (id 3): " in row["problem"] and "broken.png" in row["problem"]
+
+
+def test_records_that_cannot_be_read_are_left_out_and_reported(folder, tokenizer):
+    records = [record(id) for id in range(50)]
+    skipping = make(
+        folder, tokenizer, [record(9, answer=""), *records], on_bad_sample="skip", max_bad_share=0.02
+    )
+    assert (skipping.num_samples, skipping.summary()["samples_unusable"]) == (50, 1)
+    assert sorted(np.concatenate([id for step in range(13) for id in skipping.step_rows(step)])) == list(
+        range(1, 51)
+    )
+    (row,) = skipping.bad_samples.report()
+    assert row == {"problem": "record 0 (id 9): there is nothing to learn: the assistant says nothing."}
+
+
+def test_too_many_bad_samples_end_the_run(folder, tokenizer):
+    records = [record(id) for id in range(40)] + [record(99, answer="")] * 3
+    with pytest.raises(
+        DataError, match=r"3 of 43 samples cannot be used, more than data\.max_bad_share=0\.05 allows"
+    ):
+        make(folder, tokenizer, records, on_bad_sample="skip", max_bad_share=0.05)
+    records = broken_among(folder, 3)
+    records[5] = records[7] = records[3]
+    pipeline = make(folder, tokenizer, records, on_bad_sample="skip", max_bad_share=0.05, num_threads=0)
+    with pytest.raises(DataError, match=r"3 of 40 samples cannot be used"):
+        list(pipeline.iterate(0, pipeline.steps_per_epoch))
+
+
+def test_images_behind_the_cut_are_not_loaded(folder, tokenizer):
+    records = [record(id) for id in range(20)]
+    turns = record(99, ["1.png"])["conversations"] + record(99, ["2.png"], "cat " * 600)["conversations"]
+    records[3] = {"id": 99, "image": ["1.png", "2.png"], "conversations": turns}
+    pipeline = make(folder, tokenizer, records, shuffle=False)
+    batch = pipeline.batch(0)
+    assert batch["images"].shape[2] == 1
+    assert np.count_nonzero(batch["tokens"][0, 3] == -200) == NUM_IMAGE_TOKENS
+
+
+def test_shapes_are_known_before_training(folder, tokenizer):
+    pipeline = make(folder, tokenizer, seven_records() * 3)
+    shapes = {
+        (batch["tokens"].shape[-1], batch["images"].shape[2])
+        for batch in pipeline.iterate(0, pipeline.steps_per_epoch)
+    }
+    assert shapes == set(pipeline.shapes(0, pipeline.steps_per_epoch))

@@ -29,7 +29,7 @@ def uses(path: Path, *names: str) -> list[str]:
     return sorted(m for m in imports(path) if any(m == name or m.startswith(name + ".") for name in names))
 
 
-COMMANDS = ("train", "generate", "evaluate")
+COMMANDS = ("train", "generate", "evaluate", "check_data")
 # A file may import from its own line and the lines above it.
 FLOORS = (
     ("__init__", "errors", "config", "recipe", "metrics", "commands"),
