@@ -110,7 +110,7 @@ def render(
     for index, (role, text) in enumerate(turns):
         answers = role == "gpt"
         speaker = template.assistant if answers else template.human
-        if template.between_rounds and index and not answers:
+        if template.between_rounds and index and not answers and (speaker.name or text):
             spans.append(Span(template.between_rounds, False))
         if speaker.opening:
             spans.append(Span(speaker.opening, True))
