@@ -72,7 +72,7 @@ class Generator:
     ) -> list[list[int]]:
         """Continues token sequences int32[T], in which IMAGE_TOKEN stands for one image.
 
-        Returns the new tokens up to and without the end token, no more than the model's positions allow.
+        Returns the new tokens up to and without the one that ends them, no more than the model's positions allow.
         temperature 0 is greedy; otherwise tokens are drawn from the smallest set of probability top_p.
         """
         sequences = [
