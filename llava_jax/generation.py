@@ -77,7 +77,7 @@ class Generator:
 
         images: per sequence, uint8[tiles, H, W, 3] each, with `layouts` to match (`image_processor` reads both);
         without layouts uint8[H, W, 3], told as one tile.
-        Returns the new tokens up to and without the end token, no more than the model's positions allow.
+        Returns the new tokens up to and without the one that ends them, no more than the model's positions allow.
         temperature 0 is greedy; otherwise tokens are drawn from the smallest set of probability top_p.
         """
         if layouts is None:

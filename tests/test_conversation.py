@@ -241,6 +241,14 @@ def test_templates_are_written_as_published(name, begins, ends):
     assert text.endswith(ends)
 
 
+def test_empty_turns_are_written_as_the_original_writes_them():
+    assert written("mistral_instruct", "Q", "", "", "A") == "[INST] Q [/INST] A </s>"
+    assert written("llama_2", "Q", "A", "", "A", system="") == "[INST] Q [/INST] A </s> A </s>"
+    assert written("v1", "", "", system="") == "USER:ASSISTANT:"
+    assert written("llava_v0", "", "", system="") == "### Human: \n### Assistant: \n### "
+    assert written("mpt", "", "", system="") == "<|im_start|>user\n<|im_start|>assistant\n"
+
+
 def test_training_takes_v0_for_v1():
     assert get_template("v0") == get_template("v0.5") == get_template("vicuna_v1") == get_template("v1")
 

@@ -22,13 +22,13 @@ from tests.test_models import HF_IMAGE_TOKEN, llama, make_hf_model
 NO_END = -1  # no token ends a row, so that all new tokens are compared
 
 
-def continue_greedily(source, prompts, images, num_tokens=8, eos_id=NO_END):
+def continue_greedily(source, prompts, images, num_tokens=8, end_ids=(NO_END,)):
     config = source.config
     graphdef, _ = abstract_model(config)
     parameters = {name: jnp.asarray(source.read(name)) for name in source.names()}
     expanded = [p.repeat(np.where(p == IMAGE_TOKEN, config.num_image_tokens, 1)) for p in prompts]
     batch = left_pad(expanded, images, config.vision.image_size)
-    how = dict(graphdef=graphdef, max_new_tokens=num_tokens, end_ids=(eos_id,), sample=False)
+    how = dict(graphdef=graphdef, max_new_tokens=num_tokens, end_ids=end_ids, sample=False)
     return np.asarray(continue_prompts(parameters, batch, jax.random.key(0), 0.0, 1.0, **how))
 
 
@@ -72,14 +72,15 @@ def test_a_batch_continues_like_its_rows_alone(model):
         assert together[row].tolist() == continue_greedily(model[1], [prompt], [images[row]])[0].tolist()
 
 
-def test_a_row_that_has_ended_stays_ended(model):
+def test_a_row_that_has_ended_stays_ended_whichever_token_ends_it(model):
     prompts, images = make_prompts()
     free = continue_greedily(model[1], prompts, images)
-    eos_id = int(free[0, 3])
-    ended = continue_greedily(model[1], prompts, images, eos_id=eos_id)
-    for row, tokens in zip(free.tolist(), ended.tolist(), strict=True):
-        end = row.index(eos_id) if eos_id in row else len(row)
-        assert tokens == row[:end] + [eos_id] * (len(row) - end)
+    last = int(free[0, 3])
+    for end_ids in ((last,), (NO_END, last)):
+        ended = continue_greedily(model[1], prompts, images, end_ids=end_ids)
+        for row, tokens in zip(free.tolist(), ended.tolist(), strict=True):
+            end = row.index(last) + 1 if last in row else len(row)
+            assert tokens == row[:end] + [end_ids[0]] * (len(row) - end)
 
 
 def test_sampling_draws_from_the_smallest_set_of_the_asked_probability():

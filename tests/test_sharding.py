@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from llava_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TextConfig, VisionConfig, from_json
+from llava_jax.data.dataset import open_datasets
+from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.optimizer import is_trainable, make_optimizer
@@ -51,9 +53,9 @@ def train(config, mesh_config, num_devices, batches):
 def batches(tiny_config):
     pipeline = Pipeline(
         tiny_config.data,
+        open_datasets(tiny_config.data, seed=0)[0],
         tokenizer=load_tokenizer(tiny_config.init.tokenizer),
-        image_size=tiny_config.model.vision.image_size,
-        num_image_tokens=tiny_config.model.num_image_tokens,
+        images=ImageProcessor.from_config(tiny_config.data, tiny_config.model),
         seed=0,
     )
     return [pipeline.batch(step) for step in range(3)]

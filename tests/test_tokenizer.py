@@ -143,13 +143,14 @@ def test_words_are_encoded_as_in_the_whole_text(path):
         assert tokenizer.encode(text) == reference.encode(text)
 
 
-def test_a_vocabulary_with_spaces_inside_of_tokens_is_encoded_as_a_whole(path):
+@pytest.mark.parametrize(("piece", "text"), [("\u2581A\u2581cat", "A cat"), ("\u2581\n\n", "\n\n")])
+def test_tokens_that_reach_over_words_are_found(path, piece, text):
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-    model.pieces.add(piece="\u2581A\u2581cat", type=1, score=-1.0)
+    model.pieces.add(piece=piece, type=1, score=-1.0)
     tokenizer = SentencePieceTokenizer(str(path), model.SerializeToString())
-    assert tokenizer.encode("A cat") == [tokenizer.vocab_size - 1]
+    assert tokenizer.encode(text) == [tokenizer.vocab_size - 1]
 
 
 def test_a_tokenizer_travels_to_other_processes(path):

@@ -57,7 +57,8 @@ def tokenize(
     answer; "everything": all text; "original": what the original learns, which may be nothing and depends
     on `max_length`, the length that it would cut to. Tokens are the same with all of them, and never cut.
 
-    Raises DataError for a conversation that does not fit the template or in which the assistant says nothing.
+    Raises DataError for a conversation that does not fit the template or, with the first two masks, in which the
+    assistant says nothing; ConfigError for a tokenizer or a mask that does not fit the template.
     """
     template.check(tokenizer)
     spans = render(turns, template, num_images=num_images, image_markers=image_markers, system=system)
@@ -110,7 +111,7 @@ def render(
     for index, (role, text) in enumerate(turns):
         answers = role == "gpt"
         speaker = template.assistant if answers else template.human
-        if template.between_rounds and index and not answers:
+        if template.between_rounds and index and not answers and (speaker.name or text):
             spans.append(Span(template.between_rounds, False))
         if speaker.opening:
             spans.append(Span(speaker.opening, True))

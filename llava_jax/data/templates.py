@@ -28,7 +28,7 @@ class Template:
     assistant: Speaker
     around_system: tuple[str, str] = ("", " ")  # written with a system text; without one they are left out
     system_in_question: bool = False  # the system text is part of the first question
-    between_rounds: str = ""  # in front of every question but the first
+    between_rounds: str = ""  # in front of every question but the first, if anything is written for it
     closing: str = ""  # learnt
     image: str = "<image>"  # how a placeholder is written
     caption_only: bool = False  # one picture, one caption: what the human asks is not written

@@ -20,6 +20,8 @@ from llava_jax.config import (
     TuneConfig,
 )
 from llava_jax.convert.opening import open_parts
+from llava_jax.data.dataset import open_datasets
+from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
@@ -90,6 +92,8 @@ def _config(record: dict, model: ModelConfig, run: Path, folder: Path) -> Config
             max_length=asked["model_max_length"],
             batch_size=asked["per_device_train_batch_size"] * accumulation,
             shuffle=False,
+            mask="original",
+            cache_dir="",
         ),
         tune=TuneConfig(language_model=not asked.get("tune_mm_mlp_adapter", False)),
         optimizer=OptimizerConfig(
@@ -155,11 +159,12 @@ def _pixel_sums(images: np.ndarray) -> np.ndarray:
 
 
 def _compare_pipeline(config: Config, batches: list[dict], tokenizer) -> str | None:
+    dataset, _ = open_datasets(config.data, seed=0)
     pipeline = Pipeline(
         config.data,
+        dataset,
         tokenizer=tokenizer,
-        image_size=config.model.vision.image_size,
-        num_image_tokens=config.model.num_image_tokens,
+        images=ImageProcessor.from_config(config.data, config.model),
         seed=0,
         accumulation_steps=config.train.accumulation_steps,
     )
