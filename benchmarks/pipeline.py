@@ -31,6 +31,7 @@ REPEATS = 7
 EXACT = ImageProcessor(ModelConfig())
 FAST = ImageProcessor(ModelConfig(), fast_decode=True)
 
+ORIGINAL, OURS = "original, DataLoader with 1 worker", "ours, grain with 1 thread"
 JSON = flags.DEFINE_bool("json", False, "Print the figures as JSON in the last line.")
 
 
@@ -82,8 +83,8 @@ def measure(paths: list[str]) -> dict[str, float]:
         photographs, batch_size=BATCH_SIZE, num_workers=1, persistent_workers=True
     )
     passes = {
-        "original, DataLoader with 1 worker": lambda: loader,
-        "ours, grain with 1 thread": lambda: batches(paths, EXACT, num_threads=1),
+        ORIGINAL: lambda: loader,
+        OURS: lambda: batches(paths, EXACT, num_threads=1),
         "original, plain loop": lambda: (photographs[i] for i in range(len(paths))),
         "ours, plain loop": lambda: map(EXACT.read, paths),
         "ours with fast_decode, plain loop": lambda: map(FAST.read, paths),
@@ -95,8 +96,8 @@ def measure(paths: list[str]) -> dict[str, float]:
     for workers in (1, 2):
         name = f"ours, grain with {workers} process{'es' * (workers > 1)}"
         rates[name] = rate_of_processes(paths, workers)
-    (theirs, ours), (their_seconds, our_seconds) = list(rates.values())[:2], list(seconds.values())[:2]
-    ratio = statistics.median(a / b for a, b in zip(their_seconds, our_seconds, strict=True))
+    theirs, ours = rates[ORIGINAL], rates[OURS]
+    ratio = typical_ratio(seconds[ORIGINAL], seconds[OURS])
     print(f"{'images per second':<40} {'':>7} {'x original':>11}")
     for name, rate in rates.items():
         print(f"  {name:<38} {rate:7.0f} {rate / theirs:11.2f}")
@@ -108,8 +109,10 @@ def measure(paths: list[str]) -> dict[str, float]:
         "ratio": ratio,
         "images_per_second_per_core": ours,
         "original_images_per_second_per_core": theirs,
-        "ratio_plain_loop": rates["ours, plain loop"] / rates["original, plain loop"],
-        "ratio_fast_decode": rates["ours with fast_decode, plain loop"] / rates["original, plain loop"],
+        "ratio_plain_loop": typical_ratio(seconds["original, plain loop"], seconds["ours, plain loop"]),
+        "ratio_fast_decode": typical_ratio(
+            seconds["original, plain loop"], seconds["ours with fast_decode, plain loop"]
+        ),
         "rates": rates,
     }
 
@@ -125,6 +128,11 @@ def take_turns(passes: dict[str, Callable[[], Iterable]]) -> dict[str, list[floa
             if round:
                 seconds[name].append(time.perf_counter() - before)
     return seconds
+
+
+def typical_ratio(theirs: list[float], ours: list[float]) -> float:
+    """The median of the rounds' ratios, which a machine that is busy for a while disturbs least."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
 def batches(paths: list[str], processor: ImageProcessor, *, num_threads: int) -> Iterable[np.ndarray]:

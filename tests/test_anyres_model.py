@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from llava_jax.config import Config, ConfigError, InitConfig, MeshConfig, TuneConfig
+from llava_jax.config import (
+    Config,
+    ConfigError,
+    InitConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TuneConfig,
+)
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.export import check_layout
 from llava_jax.convert.opening import open_model
@@ -24,9 +32,9 @@ from llava_jax.generation import Generator, continue_prompts, expand_prompt, lef
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llava
 from llava_jax.models.llava import IMAGE_TOKEN, insert_image_features
-from llava_jax.optimizer import is_decayed, is_trainable
+from llava_jax.optimizer import is_decayed, is_trainable, make_optimizer
 from llava_jax.sharding import make_mesh, parameter_sharding
-from llava_jax.step import abstract_model, bind
+from llava_jax.step import TrainState, abstract_model, bind, make_train_step, random_parameters
 from llava_jax.weights import complete, initial_weights
 from tests.test_models import HF_IMAGE_TOKEN, TOLERANCE, llama, relative_error
 from tests.tiny_models import assert_same_leaves, export
@@ -240,3 +248,26 @@ def test_a_model_without_tiles_may_go_on_with_them_but_not_the_reverse(source, t
     reverse = Config(model=plain, init=InitConfig(model=str(tmp_path / "tiled")), **how)
     with pytest.raises(ConfigError, match="patch_merge_type='spatial_unpad'"):
         initial_weights(reverse)
+
+
+def test_a_step_that_is_told_feature_ids_trains_the_newline(source):
+    config = dataclasses.replace(source.config, text=dataclasses.replace(source.config.text, vocab_size=90))
+    graphdef, shapes = abstract_model(config)
+    parameters = random_parameters(config, 0, shapes.keys())
+    optimizer = make_optimizer(OptimizerConfig(warmup_ratio=0.0), 2)
+    step = jax.jit(make_train_step(graphdef, optimizer, LossConfig()))
+    tokens = np.array([[[1, *[IMAGE_TOKEN] * 3, 5, 6]]], np.int32)
+    batch = {
+        "tokens": tokens,
+        "labels": np.where(tokens > 4, tokens, -100),
+        "images": np.zeros((1, 1, 1, 28, 28, 3), np.uint8),
+        "positions": np.arange(6)[None, None],
+        "segment_ids": np.ones_like(tokens),
+    }
+    changed = {}
+    for ids in (None, [[[0, 3, 15, -1, 0, 0]]]):
+        told = batch if ids is None else batch | {"feature_ids": np.array(ids, np.int32)}
+        state = TrainState(jnp.int32(0), parameters, optimizer.init(parameters))
+        after, _ = step(state, {}, told)
+        changed[ids is None] = bool((after.trainable[NEWLINE] != parameters[NEWLINE]).all())
+    assert changed == {True: False, False: True}
