@@ -207,7 +207,6 @@ class DataConfig:
 
     template: str = "v1"
     mask: str = "assistant"  # what is learnt: assistant, last_answer, everything, original
-    mm_use_im_start_end: bool = False  # <im_start> and <im_end> around every image
     max_length: int = 2048  # tokens per sample, image placeholders included
     too_long: str = "truncate"  # or "error"
 
@@ -270,6 +269,11 @@ class DataConfig:
         require(
             not (self.packing and self.group_by_modality_length),
             "data.packing mixes samples within a row, data.group_by_modality_length keeps them apart; set one.",
+        )
+        require(
+            self.shuffle or not (self.packing or self.group_by_modality_length),
+            "data.shuffle=False keeps the order of the file, which data.packing and data.group_by_modality_length change; "
+            "set one of them.",
         )
         require(
             self.packing or (self.row_length is None and self.max_images_per_row is None),

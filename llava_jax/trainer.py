@@ -1,7 +1,6 @@
 """Runs a recipe: its stages in order, then evaluation, export and the report."""
 
 import shutil
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -78,20 +77,14 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, che
     training, evaluation = open_datasets(config.data, config.seed)
     make = partial(
         Pipeline,
+        config.data,
         tokenizer=tokenizer,
         images=ImageProcessor.from_config(config.data, config.model),
         seed=config.seed,
         accumulation_steps=config.train.accumulation_steps,
         progress=Counter(f"{name} measuring samples:".strip()),
     )
-    in_order = replace(config.data, group_by_modality_length=False, shuffle=False)
-    return Stage(
-        name,
-        config,
-        make(config.data, training),
-        make(in_order, evaluation) if evaluation else None,
-        checkpoints,
-    )
+    return Stage(name, config, make(training), make(evaluation) if evaluation else None, checkpoints)
 
 
 def _load_tokenizer(weights: ModelSource) -> Tokenizer:

@@ -48,7 +48,6 @@ class SampleReader:
             "tokenizer": self.tokenizer.fingerprint,
             "template": config.template,
             "mask": config.mask,
-            "mm_use_im_start_end": config.mm_use_im_start_end,
             "max_length": config.max_length,
             "too_long": config.too_long,
             "images": self.images.settings(),
@@ -91,7 +90,6 @@ class SampleReader:
             num_images=len(record.images),
             mask=config.mask,
             max_length=config.max_length,
-            image_markers=config.mm_use_im_start_end,
             system=record.system,
         )
         layouts = [
