@@ -176,7 +176,7 @@ def test_a_tiled_prompt_continues_alone_as_in_a_batch(source, pictures):
         ]
         images = [[tile for path in shown[i] for tile in processor.read(path)] for i in rows]
         batch = left_pad([tokens for tokens, _ in expanded], images, 28, [ids for _, ids in expanded])
-        how = dict(graphdef=graphdef, max_new_tokens=4, eos_id=-1, sample=False)
+        how = dict(graphdef=graphdef, max_new_tokens=4, end_ids=(-1,), sample=False)
         return np.asarray(continue_prompts(parameters, batch, jax.random.key(0), 0.0, 1.0, **how)).tolist()
 
     together = continue_rows([0, 1, 2])

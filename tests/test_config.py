@@ -180,6 +180,10 @@ def test_recipes_hold_the_published_values():
         )
         assert (pretrain.tune.language_model, finetune.tune.language_model) == (False, True)
         assert (pretrain.data.image_aspect_ratio, finetune.data.image_aspect_ratio) == ("square", "pad")
+        assert (pretrain.data.group_by_modality_length, finetune.data.group_by_modality_length) == (
+            False,
+            True,
+        )
         for config in (pretrain, finetune):
             assert (config.optimizer.warmup_ratio, config.optimizer.weight_decay) == (0.03, 0.0)
             assert config.optimizer.max_grad_norm is None
