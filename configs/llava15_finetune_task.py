@@ -1,8 +1,9 @@
 """LLaVA-1.5 on your own data: continues the instruction tuning of a finished model.
 
 Reproduces scripts/v1_5/finetune_task.sh of the original: learning rate 2e-5, global batch 128, one epoch, images padded
-to square, template `v1`, steps grouped by modality and length. For small datasets lower data.batch_size and learning rate, or raise train.num_epochs. The
-original gives no hours; a sample costs what it costs in stage 2 (7b on eight A100-40G: 665K samples in 10 hours).
+to square, template `v1`, steps grouped by modality and length. For small datasets lower data.batch_size and learning
+rate, or raise train.num_epochs. The original gives no hours; a sample costs what it costs in stage 2 (7b on eight
+A100-40G: 665K samples in 10 hours).
 
 Needs:
     checkpoints/llava-1.5-7b-hf                 llava-hf/llava-1.5-7b-hf, liuhaotian/llava-v1.5-7b or a run of ours

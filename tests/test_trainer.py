@@ -442,3 +442,72 @@ def test_a_generator_takes_as_many_devices_as_share_the_model_evenly(tiny_recipe
     generator = load_generator(str(tmp_path), dtype="float32")  # widths 32 and 24 on 8 devices
     assert dict(generator.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert generator.answer(["What is this?"], [[]], max_new_tokens=2)
+
+
+def test_a_packed_run_continues_with_the_same_bits(tiny_recipe, tmp_path, monkeypatch):
+    tiny_recipe.data.update(packing=True, batch_size=2, row_length=384)
+    tiny_recipe.checkpoint.save_steps = 2
+    recipe = parse(tiny_recipe)
+    trainer.run(recipe, tmp_path / "whole")
+    run_until_saved(recipe, tmp_path / "broken", monkeypatch, step=2)
+    trainer.run(recipe, tmp_path / "broken")
+    expected, found = parameters(tmp_path / "whole"), parameters(tmp_path / "broken")
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    assert [row["loss"] for row in metrics(tmp_path / "whole")] == [
+        row["loss"] for row in metrics(tmp_path / "broken")
+    ]
+
+
+def test_images_in_tiles_train_image_newline(tiny_recipe, tmp_path):
+    tiny_recipe.model.update(image_grid_pinpoints=((32, 64), (64, 32)), patch_merge_type="spatial_unpad")
+    tiny_recipe.data.update(image_aspect_ratio="anyres", group_by_modality_length=True)
+    recipe = parse(tiny_recipe)
+    trainer.run(recipe, tmp_path)
+    before, after = initial_weights(recipe.first), open_run(tmp_path)
+    name = "language_model.image_newline"
+    assert not np.array_equal(before.read(name), after.read(name))
+    assert metrics(tmp_path)[0]["images_per_second"] > 0
+
+
+def test_the_evaluation_loss_is_the_mean_over_tokens(tiny_recipe, tmp_path):
+    tiny_recipe.optimizer.update(learning_rate=1e-12, warmup_ratio=0.0)
+    tiny_recipe.train.max_steps = None
+    tiny_recipe.data.eval_path = tiny_recipe.data.path
+    trainer.run(parse(tiny_recipe), tmp_path)
+    *rows, last = metrics(tmp_path)
+    assert last.keys() == {"step", "eval_loss"}
+    losses, counts = np.array([(row["loss"], row["num_supervised_tokens"]) for row in rows]).T
+    assert last["eval_loss"] == pytest.approx((losses * counts).sum() / counts.sum(), rel=1e-5)
+    assert json.loads((tmp_path / "all_results.json").read_text())["eval_loss"] == last["eval_loss"]
+
+
+def test_samples_for_validation_are_not_trained_on(tiny_recipe, tmp_path, monkeypatch):
+    stages = []
+    monkeypatch.setattr(trainer, "train_stage", lambda stage, *_: stages.append(stage) or {"steps": 0})
+    monkeypatch.setattr(trainer, "after_stage", lambda weights, *_: weights)
+    tiny_recipe.data.val_size = 10
+    trainer.run(parse(tiny_recipe), tmp_path)
+    names = [
+        {record.name for record in pipeline.dataset}
+        for pipeline in (stages[0].pipeline, stages[0].evaluation)
+    ]
+    assert len(names[1]) == 10 and not names[0] & names[1]
+
+
+def test_replaced_samples_are_told_in_the_run_directory(tiny_recipe, shapes_dataset, tmp_path):
+    records = json.loads(Path(tiny_recipe.data.path).read_text())
+    (tmp_path / "images").symlink_to(f"{shapes_dataset}/images")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    with_image = [record for record in records if "image" in record]
+    for record in with_image:
+        record["image"] = f"images/{record['image']}"
+    with_image[0]["image"] = "broken.jpg"
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    tiny_recipe.data.update(
+        path=str(tmp_path / "data.json"), image_folder=str(tmp_path), on_bad_sample="skip", max_bad_share=0.1
+    )
+    tiny_recipe.train.max_steps = None
+    trainer.run(parse(tiny_recipe), tmp_path / "run")
+    (row,) = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
+    assert "broken.jpg" in row["problem"]
+    assert row["replaced_by"].startswith("record ")
