@@ -44,13 +44,15 @@ class Stage:
 def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog) -> dict[str, float]:
     """Trains a stage to its last step, which is saved, and returns its results.
 
-    `weights` is the model before the stage. Raises CheckpointError when the newest checkpoint cannot be
+    What an earlier run did of it, evaluation included, is not done again. `weights` is the model before the stage.
+    Raises CheckpointError when the newest checkpoint cannot be
     continued, DivergedError when the loss is no longer a number.
     """
     checkpoints = Checkpoints(stage.checkpoints, stage.config.checkpoint)
     try:
         saved_step = checkpoints.latest_step()
-        if saved_step != stage.num_steps:
+        evaluated = stage.evaluation is None or "eval_loss" in _results(stage, log)
+        if saved_step != stage.num_steps or not evaluated:
             _print_plan(stage, weights, saved_step)
             _train(stage, before_stage(weights, stage.config), mesh, log, checkpoints)
     finally:

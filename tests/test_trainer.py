@@ -480,6 +480,11 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(tiny_recipe, tmp_path):
     assert last["eval_loss"] == pytest.approx((losses * counts).sum() / counts.sum(), rel=1e-5)
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_loss"] == last["eval_loss"]
 
+    log = tmp_path / "metrics.jsonl"  # as if the process had died between the last step and the evaluation
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer.run(parse(tiny_recipe), tmp_path)
+    assert metrics(tmp_path) == [*rows, last]
+
 
 def test_samples_for_validation_are_not_trained_on(tiny_recipe, tmp_path, monkeypatch):
     stages = []
