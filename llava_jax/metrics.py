@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -91,7 +92,7 @@ class Counter:
         if not self.in_place:
             print(line, flush=True)
             return
-        width = os.get_terminal_size().columns - 1
+        width = shutil.get_terminal_size().columns - 1  # not 0 where the terminal has none
         print(f"\r{line[:width]:<{width}}", end="\n" if ended else "", flush=True)
 
     def _start(self, done: int) -> None:

@@ -153,10 +153,13 @@ def find_unreadable(
     progress = Counter("  decoding the images of samples:")
     starts = range(0, len(ids), _CHUNK)
     problems = {}
-    with ThreadPoolExecutor(max(1, num_threads)) as executor:
+    executor = ThreadPoolExecutor(max(1, num_threads))
+    try:
         for start, found in zip(starts, executor.map(find, starts), strict=True):
             problems |= found
             progress(min(start + _CHUNK, len(ids)), len(ids))
+    finally:
+        executor.shutdown(cancel_futures=True)  # of an interrupted check
     return problems
 
 

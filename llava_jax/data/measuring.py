@@ -1,5 +1,6 @@
 """How long every sample is: measured once, in parallel, and kept in a cache."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -81,11 +82,15 @@ def _measure_chunks(
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_processes = min(available, _MAX_PROCESSES, total // _WORTH_A_PROCESS)
     chunks = [ids[start : start + _CHUNK] for start in range(0, total, _CHUNK)]
-    parallel = functools.partial(map_in_processes, num_processes=num_processes)
-    measured = (parallel if num_processes > 1 else map)(functools.partial(_measure_chunk, reader), chunks)
-    for index, chunk in enumerate(measured, start=1):
-        yield chunk
-        progress(min(index * _CHUNK, total), total)
+    measure_chunk = functools.partial(_measure_chunk, reader)
+    with (
+        map_in_processes(measure_chunk, chunks, num_processes)
+        if num_processes > 1
+        else contextlib.nullcontext(map(measure_chunk, chunks))
+    ) as measured:
+        for index, chunk in enumerate(measured, start=1):
+            yield chunk
+            progress(min(index * _CHUNK, total), total)
 
 
 def _measure_chunk(reader: SampleReader, ids: np.ndarray) -> Measurements:

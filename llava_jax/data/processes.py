@@ -7,15 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from llava_jax.errors import UserError
 
 _PROGRAM = "from llava_jax.data.processes import _serve; _serve()"
 
 
-def map_in_processes(function: Callable, items: Iterable, num_processes: int) -> Iterator:
-    """Yields function(item) of each item in order; all of it must be able to be pickled.
+@contextmanager
+def map_in_processes(function: Callable, items: Iterable, num_processes: int) -> Iterator[Iterator]:
+    """Gives an iterator over function(item) of each item in order; all of it must be able to be pickled.
 
     Unlike those of `multiprocessing`, these processes do not run the caller's script a second time, so it needs no
     `if __name__ == "__main__"`; they hold none of JAX's threads; and they end with the caller, however it ends. What a
@@ -36,7 +37,7 @@ def map_in_processes(function: Callable, items: Iterable, num_processes: int) ->
 
     executor = ThreadPoolExecutor(num_processes)
     try:
-        yield from executor.map(call, items)
+        yield executor.map(call, items)
     finally:
         for worker in workers:
             worker.process.kill()
