@@ -115,7 +115,8 @@ def by_kind(dataset: Dataset, problems: dict[int, str]) -> list[Finding]:
     """
     values_of = [
         re.compile(
-            rf"{re.escape(os.path.join(source.folder.path, ''))}.*?(?=: )|(?<!\w)(?:{_QUOTED})|\d+(?:[,.]\d+)*"
+            rf"{re.escape(os.path.join(source.folder.path, ''))}(?:.*\.\w+|.*?)(?=: )"  # an image file
+            rf"|(?<!\w)(?:{_QUOTED})|\d+(?:[,.]\d+)*"
         )
         for source in dataset.sources
     ]
