@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -64,26 +65,39 @@ class Progress:
 
 
 class Counter:
-    """A line that tells how far a count has come, once it takes longer than a few seconds."""
+    """A line that tells how far a count has come: in place on a terminal, elsewhere every ten seconds.
+
+    A count that is over sooner is not told. One that goes back to less has started anew.
+    """
 
     def __init__(self, label: str):
         self.label = label
-        self.told = self.start = time.monotonic()
         self.in_place = sys.stdout.isatty()
+        self._start(0)
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        every = 0.5 if self.in_place else 10.0
-        if now - self.told < every and not (done == total and self.told > self.start):
+        if done < self.done:
+            self._start(done)
+        self.done, now = done, time.monotonic()
+        ended = done == total
+        if now - self.told < (0.5 if self.in_place else 10.0) and not (ended and self.told > self.start):
             return
-        self.told = now
-        eta = (now - self.start) / done * (total - done)
-        line = f"{self.label} {done:,} of {total:,}  ETA {format_seconds(eta)}"
-        print(
-            f"\r{line:<79}" if self.in_place else line,
-            end="" if self.in_place and done < total else "\n",
-            flush=True,
+        self.told, seconds = now, now - self.start
+        left = (
+            f"took {format_seconds(seconds)}"
+            if ended
+            else f"ETA {format_seconds(seconds / done * (total - done))}"
         )
+        line = f"{self.label} {done:,} of {total:,}  {left}"
+        if not self.in_place:
+            print(line, flush=True)
+            return
+        width = shutil.get_terminal_size().columns - 1  # not 0 where the terminal has none
+        print(f"\r{line[:width]:<{width}}", end="\n" if ended else "", flush=True)
+
+    def _start(self, done: int) -> None:
+        self.done = done
+        self.told = self.start = time.monotonic()
 
 
 def format_seconds(seconds: float) -> str:

@@ -150,8 +150,85 @@ def test_recipes_that_cannot_be_loaded_are_named(tmp_path, recipe, message):
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "check_data"])
 def test_help_lists_the_flags(command):
     result = run(f"llava_jax.{command}", "--help")
-    assert ("--workdir" if command == "train" else "--model") in result.stdout
+    flag = {"train": "--workdir", "check_data": "--report"}.get(command, "--model")
+    assert flag in result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_check_data_looks_at_every_stage_and_its_evaluation_data(recipe, tmp_path):
+    page = tmp_path / "page.html"
+    result = run(
+        "llava_jax.check_data",
+        f"--config={recipe}",
+        f"--report={page}",
+        "--config.stages.finetune.data.val_size=2",
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "llava_jax: checking the data of recipe quickstart"
+    assert [line for line in lines if line.endswith(" data")] == [
+        "towers training data",
+        "pretrain training data",
+        "finetune training data",
+        "finetune evaluation data",
+    ]
+    assert lines[-2:] == [f"{page} shows all of it.", "Training may start."]
+    assert page.stat().st_size < 1_000_000
+
+
+def test_check_data_exits_with_11_and_says_why_when_training_may_not_start(recipe, tmp_path, shapes_dataset):
+    records = json.loads(Path(f"{shapes_dataset}/finetune.json").read_text())
+    records[3]["conversations"][1]["value"] = 7
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    arguments = (f"--config={recipe}", f"--config.stages.finetune.data.path={tmp_path / 'records.json'}")
+    result = run("llava_jax.check_data", *arguments, f"--report={tmp_path / 'page.html'}")
+    assert result.returncode == 11
+    assert "  1 x 'value' should be text, not a number." in result.stdout
+    error = result.stderr[result.stderr.index("error: ") :].splitlines()
+    assert error[:2] == [
+        "error: Training may not start.",
+        "finetune training data: records.json: 1 problem; correct or remove these records:",
+    ]
+    assert error[2].startswith("  record 3 (id ") and len(error) == 3
+    assert "Training may not start" not in (tmp_path / "page.html").read_text()
+    result = run("llava_jax.check_data", *arguments, f"--report={tmp_path / 'page.html'}", "--stage=pretrain")
+    assert (result.returncode, "finetune" in result.stdout) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--report=/nowhere/page.html"], 10, "--report=/nowhere/page.html cannot be written"),
+        (["--report=/"], 10, "--report=/ cannot be written"),
+        (["--stage=pretran"], 10, "the stages of this recipe are towers, pretrain, finetune"),
+        (["--config.init.tokenizer="], 10, "No tokenizer: set init.tokenizer"),
+        (["--config.stages.finetune.data.path=/nowhere.json"], 11, "'/nowhere.json': cannot be read"),
+        (
+            ["--config.stages.towers.data.image_folder=/nowhere"],
+            11,
+            "image_folder='/nowhere' is no directory",
+        ),
+    ],
+)
+def test_check_data_tells_mistakes_before_it_reads_the_data(recipe, tmp_path, arguments, code, message):
+    result = run(
+        "llava_jax.check_data", f"--config={recipe}", f"--report={tmp_path / 'page.html'}", *arguments
+    )
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False), result.stderr
+    assert message in result.stderr and "samples  " not in result.stdout
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_check_data_needs_no_jax_where_the_tokenizer_is_named(recipe, tmp_path):
+    script = (
+        "import sys, runpy; sys.modules['jax'] = None\n"  # importing it then fails
+        f"sys.argv = ['check_data', '--config={recipe}', '--report={tmp_path / 'page.html'}', '--stage=towers']\n"
+        "runpy.run_module('llava_jax.check_data', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,23 +1,24 @@
 """How long every sample is: measured once, in parallel, and kept in a cache."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import io
 import json
-import multiprocessing
 import os
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llava_jax.data.conversation import IGNORE
+from llava_jax.data.processes import map_in_processes
 from llava_jax.data.samples import SampleReader
 from llava_jax.errors import DataError
 
-_FORMAT = 1  # raise it when the same settings give other measurements
+_FORMAT = 2  # raise it when the same settings give other measurements, or are kept in another way
 _CHUNK = 1000  # samples measured between two signs of progress
 _WORTH_A_PROCESS = 5 * _CHUNK  # starting one takes as long as measuring a few thousand samples
 _MAX_PROCESSES = 16
@@ -51,63 +52,51 @@ def measure(
 ) -> Measurements:
     """Measures every sample of a reader, or reads what an earlier call with the same data and settings found.
 
+    Samples that could not be measured then are tried again, because what was wrong with their images may have been
+    mended. Of other images a cache assumes that their sizes are the same.
+
     cache_dir: where to keep the result; "" is nowhere. num_processes: None is what the machine has, 0 measures
     in this process. progress(done, total) is called now and then.
     """
     path = _cache_path(reader, cache_dir) if cache_dir else None
-    if path and not overwrite_cache:
-        cached = _load(path, len(reader.dataset))
-        if cached:
-            return cached
-    chunks = list(_measure_chunks(reader, num_processes, progress))
-    measured = Measurements(
-        *(np.concatenate([getattr(chunk, column) for chunk in chunks]) for column in COLUMNS),
-        problems={id: problem for chunk in chunks for id, problem in chunk.problems.items()},
-        image_owners=np.concatenate([chunk.image_owners for chunk in chunks]),
-        image_paths=[image for chunk in chunks for image in chunk.image_paths],
-    )
-    if path:
+    kept = _load(path) if path and not overwrite_cache else None
+    ids = np.arange(len(reader.dataset)) if kept is None else np.array(sorted(kept.problems), np.int64)
+    if kept and not len(ids):
+        return kept
+    measured = _join(list(_measure_chunks(reader, ids, num_processes, progress)))
+    if kept:
+        measured = _put(kept, ids, measured)
+    if path and not (kept and kept.problems.keys() == measured.problems.keys()):
         _save(path, measured)
     return measured
 
 
 def _measure_chunks(
-    reader: SampleReader, num_processes: int | None, progress: Callable[[int, int], None]
+    reader: SampleReader,
+    ids: np.ndarray,
+    num_processes: int | None,
+    progress: Callable[[int, int], None],
 ) -> Iterator[Measurements]:
-    total = len(reader.dataset)
+    total = len(ids)
     if num_processes is None:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_processes = min(available, _MAX_PROCESSES, total // _WORTH_A_PROCESS)
-    chunks = [range(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
-    if num_processes <= 1:
-        for chunk in chunks:
-            yield _measure_chunk(reader, chunk)
-            progress(chunk.stop, total)
-        return
-    # Not forked: the process may hold JAX's threads, which a fork does not take along.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, _start_worker, (reader,)) as executor:
-        for chunk, measured in zip(chunks, executor.map(_measure_in_worker, chunks), strict=True):
-            yield measured
-            progress(chunk.stop, total)
+    chunks = [ids[start : start + _CHUNK] for start in range(0, total, _CHUNK)]
+    measure_chunk = functools.partial(_measure_chunk, reader)
+    with (
+        map_in_processes(measure_chunk, chunks, num_processes)
+        if num_processes > 1
+        else contextlib.nullcontext(map(measure_chunk, chunks))
+    ) as measured:
+        for index, chunk in enumerate(measured, start=1):
+            yield chunk
+            progress(min(index * _CHUNK, total), total)
 
 
-_worker_reader: SampleReader  # of a worker process
-
-
-def _start_worker(reader: SampleReader) -> None:
-    global _worker_reader
-    _worker_reader = reader
-
-
-def _measure_in_worker(ids: range) -> Measurements:
-    return _measure_chunk(_worker_reader, ids)
-
-
-def _measure_chunk(reader: SampleReader, ids: range) -> Measurements:
+def _measure_chunk(reader: SampleReader, ids: np.ndarray) -> Measurements:
     columns = np.zeros((len(COLUMNS), len(ids)), np.int32)
     problems, owners, paths = {}, [], []
-    for index, id in enumerate(ids):
+    for index, id in enumerate(ids.tolist()):
         try:
             outline = reader.outline(id)
         except DataError as error:
@@ -125,24 +114,51 @@ def _measure_chunk(reader: SampleReader, ids: range) -> Measurements:
     return Measurements(*columns, problems, np.array(owners, np.int32), paths)
 
 
+def _join(parts: Sequence[Measurements]) -> Measurements:
+    return Measurements(
+        *(np.concatenate([getattr(part, column) for part in parts]) for column in COLUMNS),
+        problems={id: problem for part in parts for id, problem in part.problems.items()},
+        image_owners=np.concatenate([part.image_owners for part in parts]),
+        image_paths=[image for part in parts for image in part.image_paths],
+    )
+
+
+def _put(measured: Measurements, ids: np.ndarray, again: Measurements) -> Measurements:
+    """`measured`, where `again` stands for the samples `ids` int64[n], which had problems."""
+    columns = [getattr(measured, column).copy() for column in COLUMNS]
+    for column, name in zip(columns, COLUMNS, strict=True):
+        column[ids] = getattr(again, name)
+    return Measurements(
+        *columns,
+        problems=again.problems,
+        image_owners=np.concatenate([measured.image_owners, again.image_owners]),
+        image_paths=measured.image_paths + again.image_paths,
+    )
+
+
 def _cache_path(reader: SampleReader, cache_dir: str) -> Path:
-    key = json.dumps([_FORMAT, reader.settings()], sort_keys=True)
-    return Path(cache_dir).expanduser() / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    # Copies of the images in another folder may have other sizes, which matter to tiles.
+    folders = [os.path.abspath(source.folder.path) for source in reader.dataset.sources]
+    key = json.dumps([_FORMAT, reader.settings(), folders], sort_keys=True)
+    return Path(cache_dir).expanduser() / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
 
 
-def _load(path: Path, num_samples: int) -> Measurements | None:
+def _load(path: Path) -> Measurements | None:
     """What `_save` wrote; None if it is not there or damaged."""
     try:
-        with np.load(path) as file:
-            columns = [file[column] for column in COLUMNS]
-            owners, texts = file["image_owners"], json.loads(file["texts"].tobytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except OSError as error:
+        print(f"{path} cannot be read ({error.strerror}); measuring anew.", flush=True)
+        return None
+    digest, content = data[:32], data[32:]
+    if hashlib.sha256(content).digest() != digest:
         print(f"{path} is damaged; measuring anew.", flush=True)
         return None
-    if any(len(column) != num_samples for column in columns):
-        return None
+    with np.load(io.BytesIO(content)) as file:
+        columns = [file[column] for column in COLUMNS]
+        owners, texts = file["image_owners"], json.loads(file["texts"].tobytes())
     problems = {int(id): problem for id, problem in texts["problems"].items()}
     return Measurements(*columns, problems, owners, texts["image_paths"])
 
@@ -150,11 +166,17 @@ def _load(path: Path, num_samples: int) -> Measurements | None:
 def _save(path: Path, measured: Measurements) -> None:
     texts = json.dumps({"problems": measured.problems, "image_paths": measured.image_paths}).encode()
     arrays = {column: getattr(measured, column) for column in COLUMNS}
+    content = io.BytesIO()
+    np.savez(content, **arrays, image_owners=measured.image_owners, texts=np.frombuffer(texts, np.uint8))
+    # Others may write the same at the same time: each has a file of its own until it is whole.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.savez(file, **arrays, image_owners=measured.image_owners, texts=np.frombuffer(texts, np.uint8))
-        os.replace(file.name, path)
+        try:
+            temporary.write_bytes(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         print(
             f"The measured lengths cannot be kept in {path.parent} ({error.strerror}); set data.cache_dir to "

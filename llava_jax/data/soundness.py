@@ -1,5 +1,6 @@
 """Whether data can be trained on: what is wrong with samples, and how much of that a run puts up with."""
 
+import os
 import threading
 
 import numpy as np
@@ -11,38 +12,80 @@ from llava_jax.data.records import raise_problems
 from llava_jax.errors import DataError
 
 MAX_USELESS_SHARE = 0.1
+_MOST_NAMED_BY_ID = (
+    10_000  # samples; an id takes reading the record, and a wrong folder makes all samples bad
+)
 
 
 def find_problems(dataset: Dataset, measured: Measurements) -> dict[int, str]:
-    """Samples that cannot be trained on, and why: what measuring found, and images that are not there."""
-    problems = dict(measured.problems)
+    """Samples that cannot be trained on, and why: what measuring found, and images that are not there.
+
+    Raises DataError if an image folder is no directory, for then nothing is wrong with the samples.
+    """
+    missing: dict[int, str] = {}
     sources = dataset.picks[:, 0]
     for number, source in enumerate(dataset.sources):
         (mine,) = np.nonzero(sources[measured.image_owners] == number)
+        if len(mine) and not os.path.isdir(source.folder.path):
+            raise DataError(
+                f"{source.name}: image_folder={source.folder.path!r} is no directory; it should hold the {len(mine):,} "
+                "images that are named there. Set data.image_folder (in dataset_info.json: 'image_folder')."
+            )
         for position, problem in source.folder.missing(measured.image_paths[index] for index in mine):
-            id = int(measured.image_owners[mine[position]])
-            problems.setdefault(id, f"{dataset[id].name}: {problem}")
-    return dict(sorted(problems.items()))
+            missing.setdefault(int(measured.image_owners[mine[position]]), problem)
+    named = {
+        id: _name(dataset, id, problem, by_id=count < _MOST_NAMED_BY_ID)
+        for count, (id, problem) in enumerate(sorted(missing.items()))
+    }
+    return dict(sorted((named | measured.problems).items()))
 
 
-def require_sound(config: DataConfig, measured: Measurements, problems: dict[int, str]) -> None:
+def _name(dataset: Dataset, id: int, problem: str, *, by_id: bool) -> str:
+    file, number = dataset.picks[id]
+    name = (
+        f"{dataset.sources[file].name}: record {number}" if len(dataset.sources) > 1 else f"record {number}"
+    )
+    try:
+        return f"{dataset[id].name if by_id else name}: {problem}"
+    except DataError as error:  # a directory of frames is gone since they were measured
+        return str(error)
+
+
+def require_sound(
+    config: DataConfig, measured: Measurements, problems: dict[int, str], *, where: str = ""
+) -> None:
     """Raises DataError if training may not start: on any problem, or, with data.on_bad_sample="skip", on more
-    than data.max_bad_share; and if a tenth of the other samples teach nothing."""
+    than data.max_bad_share; and if a tenth of the other samples teach nothing, or one has too many images.
+
+    where: what the message begins with; "" is what is trained on.
+    """
+    where = where or config.path or config.dataset
     total = len(measured.lengths)
-    where = config.path or config.dataset
     if config.on_bad_sample == "error" or len(problems) == total:
         raise_problems(where, list(problems.values()))
     _require_few(config, len(problems), total, next(iter(problems.values()), ""))
-    useless = int(np.count_nonzero(measured.num_supervised == 0)) - len(problems)
-    if useless == total - len(problems):
+    usable = np.ones(total, bool)
+    usable[list(problems)] = False
+    _require_useful(config, measured.num_supervised[usable], where)
+    limit, most = config.max_images_per_row, int(measured.num_tiles[usable].max())
+    if limit and most > limit:
         raise DataError(
-            f"{where}: nothing is left to learn: data.max_length={config.max_length} cuts off every answer; raise it."
+            f"{where}: {np.count_nonzero(measured.num_tiles[usable] > limit):,} samples have more images, or tiles of "
+            f"them, than data.max_images_per_row={limit}; raise it to {most}."
         )
-    if useless >= MAX_USELESS_SHARE * total:
+
+
+def _require_useful(config: DataConfig, num_supervised: np.ndarray, where: str) -> None:
+    useless, total = np.count_nonzero(num_supervised == 0), len(num_supervised)
+    why = f"data.max_length={config.max_length} cuts off {{}} or data.mask={config.mask!r} leaves none"
+    if useless == total:
         raise DataError(
-            f"{where}: {useless:,} of {total:,} samples teach nothing, because data.max_length={config.max_length} cuts "
-            f"off their answers or data.mask={config.mask!r} leaves none; raise the one, change the other, or remove "
-            "these samples. python -m llava_jax.check_data shows them."
+            f"{where}: nothing is left to learn: {why.format('every answer')}; raise the one or change the other."
+        )
+    if useless >= MAX_USELESS_SHARE * total and useless:
+        raise DataError(
+            f"{where}: {useless:,} of {total:,} samples teach nothing, because {why.format('their answers')}; raise "
+            "the one, change the other, or remove these samples. python -m llava_jax.check_data shows them."
         )
 
 
