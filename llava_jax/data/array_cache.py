@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 import zipfile
 from pathlib import Path
@@ -14,7 +13,9 @@ def cache_path(cache_dir: str, kind: str, *key: object) -> Path:
     """Where results of this kind for this key are kept; the key is plain JSON data and arrays."""
     digest = hashlib.sha256()
     for part in key:
-        digest.update(part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part, sort_keys=True).encode())
+        digest.update(
+            part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part, sort_keys=True).encode()
+        )
     return Path(cache_dir).expanduser() / f"{kind}-{digest.hexdigest()[:32]}.npz"
 
 
@@ -34,9 +35,10 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Writes them at once, so that nobody reads half of them; where that is not possible, says so and goes on."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.savez(file, **arrays)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            whole = Path(scratch, path.name)
+            np.savez(whole, **arrays)
+            whole.replace(path)
     except OSError as error:
         print(
             f"{path.name} cannot be kept in {path.parent} ({error.strerror}); set data.cache_dir to another "
