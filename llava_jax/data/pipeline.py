@@ -60,13 +60,12 @@ class Pipeline:
         self._images = images
         self._seed = seed
         self._accumulation_steps = accumulation_steps
-        self._rows = functools.partial(
-            batching.process_rows,
+        self._own_rows = batching.process_rows(
+            np.arange(config.batch_size),
             accumulation_steps=accumulation_steps,
             process_index=process_index,
             process_count=process_count,
-        )
-        self._num_rows = config.batch_size // process_count
+        ).ravel()  # of every step
         self._reader = SampleReader(dataset, config, tokenizer, images)
         self.measured = measure(
             self._reader,
@@ -129,16 +128,15 @@ class Pipeline:
         process. T and M are the same on all processes. Raises DataError naming the record of an image that
         cannot be used, unless such samples are skipped.
         """
-        rows = self._process_rows(step)
-        return self._collate(step, [self._load(ids) for ids in rows])
+        return self._collate(step, [self._load(step, row) for row in self._own_rows])
 
     def iterate(self, first_step: int, last_step: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields `batch(step)` for first_step <= step < last_step, loaded ahead by `config.num_threads`."""
-        num_rows = self._num_rows
+        num_rows = len(self._own_rows)
 
         def load(index: int) -> tuple[int, list[Sample]]:
-            step, row = first_step + index // num_rows, index % num_rows
-            return step, self._load(self._process_rows(step)[row])
+            step = first_step + index // num_rows
+            return step, self._load(step, self._own_rows[index % num_rows])
 
         threads = self.config.num_threads
         buffer = max(threads, _BATCHES_AHEAD * num_rows) if threads else 0
@@ -148,13 +146,8 @@ class Pipeline:
             rows.batch(num_rows, batch_fn=lambda pairs: self._collate(pairs[0][0], [row for _, row in pairs]))
         )
 
-    def _process_rows(self, step: int) -> list[np.ndarray]:
-        """The ids of the samples in each of this process's rows of a step."""
-        rows = self.step_rows(step)
-        return [rows[row] for row in self._rows(np.arange(len(rows))).flat]
-
-    def _load(self, ids: np.ndarray) -> list[Sample]:
-        return [self._read(int(id)) for id in ids]
+    def _load(self, step: int, row: int) -> list[Sample]:
+        return [self._read(int(id)) for id in self._usable[self.schedule.row(step, row)]]
 
     def _read(self, id: int) -> Sample:
         """The sample, or what takes its place if its images cannot be used and such samples are skipped."""
@@ -188,7 +181,7 @@ class Pipeline:
             image_size=self._images.model.vision.image_size,
             features_per_image=self._images.model.num_image_tokens if tiled else None,
         )
-        leading = (self._accumulation_steps, self._num_rows // self._accumulation_steps)
+        leading = (self._accumulation_steps, len(rows) // self._accumulation_steps)
         return {key: value.reshape(leading + value.shape[1:]) for key, value in batch.items()}
 
     def _make_schedule(self) -> Schedule:
@@ -204,6 +197,8 @@ class Pipeline:
                 max_images=config.max_images_per_row
                 or default_max_images(lengths, num_tiles, row_length=row_length),
                 seed=self._seed,
+                cache_dir=config.cache_dir,
+                overwrite_cache=config.overwrite_cache,
             )
         if config.group_by_modality_length:
             draw_order = functools.partial(

@@ -22,8 +22,11 @@ class Schedule(Protocol):
 
     steps_per_epoch: int
 
+    def row(self, step: int, number: int) -> np.ndarray:
+        """The sample ids int64[n] of one row of a step; an empty row has none."""
+
     def step_rows(self, step: int) -> list[np.ndarray]:
-        """The sample ids int64[n] of each row of a step; an empty row has none."""
+        """The sample ids of each row of a step, as `row` gives them."""
 
     def step_shape(self, step: int) -> tuple[int, int]:
         """Tokens and image slots of a step's rows."""
@@ -53,11 +56,15 @@ class PaddedSchedule:
         self._lengths = np.append(lengths, 0)
         self._num_images = np.append(num_images, 0)
         self._max_length = max_length
+        self._batch_size = batch_size
         self._batches = _PerEpoch(lambda epoch: _as_steps(draw_order(epoch), batch_size))
 
-    def step_rows(self, step: int) -> list[np.ndarray]:
+    def row(self, step: int, number: int) -> np.ndarray:
         ids = self._step_ids(step)
-        return [ids[row : row + 1] if id != PADDING else ids[:0] for row, id in enumerate(ids)]
+        return ids[number : number + 1] if ids[number] != PADDING else ids[:0]
+
+    def step_rows(self, step: int) -> list[np.ndarray]:
+        return [self.row(step, number) for number in range(self._batch_size)]
 
     def step_shape(self, step: int) -> tuple[int, int]:
         return self._shapes_of(self._step_ids(step)[None])[0]
@@ -81,7 +88,8 @@ class PaddedSchedule:
 class PackedSchedule:
     """Several samples per row, planned once; all steps have one shape.
 
-    lengths and num_images int[N]. Raises DataError naming a sample that fits into no row.
+    lengths and num_images int[N]. The plan is kept in cache_dir; "" is nowhere. Raises DataError naming a sample
+    that fits into no row.
     """
 
     def __init__(
@@ -93,12 +101,21 @@ class PackedSchedule:
         row_length: int,
         max_images: int,
         seed: int,
+        cache_dir: str = "",
+        overwrite_cache: bool = False,
     ):
-        self.packing = packing.pack(
-            lengths, num_images, row_length=row_length, max_images=max_images, seed=seed
+        self.packing = packing.cached_pack(
+            lengths,
+            num_images,
+            row_length=row_length,
+            max_images=max_images,
+            seed=seed,
+            cache_dir=cache_dir,
+            overwrite_cache=overwrite_cache,
         )
         self.steps_per_epoch = batching.steps_per_epoch(self.packing.num_rows, batch_size)
         self._shape = (row_length, max_images)
+        self._batch_size = batch_size
         row_images = self.packing.totals(num_images)
 
         def draw(epoch: int) -> np.ndarray:
@@ -107,9 +124,12 @@ class PackedSchedule:
 
         self._batches = _PerEpoch(draw)
 
-    def step_rows(self, step: int) -> list[np.ndarray]:
+    def row(self, step: int, number: int) -> np.ndarray:
         epoch, step = divmod(step, self.steps_per_epoch)
-        return [self.packing.row(row) for row in self._batches.get(epoch)[step]]
+        return self.packing.row(self._batches.get(epoch)[step, number])
+
+    def step_rows(self, step: int) -> list[np.ndarray]:
+        return [self.row(step, number) for number in range(self._batch_size)]
 
     def step_shape(self, step: int) -> tuple[int, int]:
         del step  # all are alike
