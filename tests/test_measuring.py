@@ -291,7 +291,7 @@ def test_a_damaged_cache_is_replaced(folder, measured_ids, capsys, damage):
         file.write_bytes(data)
         measured_ids.clear()
         assert_same(measure(reader, cache_dir=str(cache)), expected)
-        assert measured_ids == [0, 1] and "is damaged; measuring anew." in capsys.readouterr().out
+        assert measured_ids == [0, 1] and "is damaged; it is made anew." in capsys.readouterr().out
         assert file.read_bytes() == good
 
 

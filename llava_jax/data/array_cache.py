@@ -1,12 +1,14 @@
 """Arrays that are kept from run to run, because working them out takes long."""
 
 import hashlib
+import io
 import json
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
+
+_DIGEST_SIZE = 32  # bytes of SHA-256, in front of the arrays
 
 
 def cache_path(cache_dir: str, kind: str, *key: object) -> Path:
@@ -16,28 +18,36 @@ def cache_path(cache_dir: str, kind: str, *key: object) -> Path:
         digest.update(
             part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part, sort_keys=True).encode()
         )
-    return Path(cache_dir).expanduser() / f"{kind}-{digest.hexdigest()[:32]}.npz"
+    return Path(cache_dir).expanduser() / f"{kind}-{digest.hexdigest()[:32]}"
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """What `save_arrays` wrote; None if it is not there or damaged."""
+    """What `save_arrays` wrote; None if it is not there, or with a message if it is damaged."""
     try:
-        with np.load(path) as file:
-            return dict(file)
+        data = path.read_bytes()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except OSError as error:
+        print(f"{path} cannot be read ({error.strerror}); it is made anew.", flush=True)
+        return None
+    digest, content = data[:_DIGEST_SIZE], data[_DIGEST_SIZE:]
+    if hashlib.sha256(content).digest() != digest:
         print(f"{path} is damaged; it is made anew.", flush=True)
         return None
+    with np.load(io.BytesIO(content)) as file:
+        return dict(file)
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Writes them at once, so that nobody reads half of them; where that is not possible, says so and goes on."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Others may write the same at the same time: each has a file of its own until it is whole.
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             whole = Path(scratch, path.name)
-            np.savez(whole, **arrays)
+            whole.write_bytes(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
             whole.replace(path)
     except OSError as error:
         print(

@@ -3,16 +3,14 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import io
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from llava_jax.data.array_cache import cache_path, load_arrays, save_arrays
 from llava_jax.data.conversation import IGNORE
 from llava_jax.data.processes import map_in_processes
 from llava_jax.data.samples import SampleReader
@@ -139,47 +137,20 @@ def _put(measured: Measurements, ids: np.ndarray, again: Measurements) -> Measur
 def _cache_path(reader: SampleReader, cache_dir: str) -> Path:
     # Copies of the images in another folder may have other sizes, which matter to tiles.
     folders = [os.path.abspath(source.folder.path) for source in reader.dataset.sources]
-    key = json.dumps([_FORMAT, reader.settings(), folders], sort_keys=True)
-    return Path(cache_dir).expanduser() / f"lengths-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+    return cache_path(cache_dir, "lengths", [_FORMAT, reader.settings(), folders])
 
 
 def _load(path: Path) -> Measurements | None:
-    """What `_save` wrote; None if it is not there or damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    arrays = load_arrays(path)
+    if arrays is None:
         return None
-    except OSError as error:
-        print(f"{path} cannot be read ({error.strerror}); measuring anew.", flush=True)
-        return None
-    digest, content = data[:32], data[32:]
-    if hashlib.sha256(content).digest() != digest:
-        print(f"{path} is damaged; measuring anew.", flush=True)
-        return None
-    with np.load(io.BytesIO(content)) as file:
-        columns = [file[column] for column in COLUMNS]
-        owners, texts = file["image_owners"], json.loads(file["texts"].tobytes())
+    texts = json.loads(arrays["texts"].tobytes())
     problems = {int(id): problem for id, problem in texts["problems"].items()}
-    return Measurements(*columns, problems, owners, texts["image_paths"])
+    columns = [arrays[column] for column in COLUMNS]
+    return Measurements(*columns, problems, arrays["image_owners"], texts["image_paths"])
 
 
 def _save(path: Path, measured: Measurements) -> None:
     texts = json.dumps({"problems": measured.problems, "image_paths": measured.image_paths}).encode()
-    arrays = {column: getattr(measured, column) for column in COLUMNS}
-    content = io.BytesIO()
-    np.savez(content, **arrays, image_owners=measured.image_owners, texts=np.frombuffer(texts, np.uint8))
-    # Others may write the same at the same time: each has a file of its own until it is whole.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        print(
-            f"The measured lengths cannot be kept in {path.parent} ({error.strerror}); set data.cache_dir to "
-            "another directory, or every start measures them again.",
-            flush=True,
-        )
+    columns = {column: getattr(measured, column) for column in COLUMNS}
+    save_arrays(path, **columns, image_owners=measured.image_owners, texts=np.frombuffer(texts, np.uint8))
