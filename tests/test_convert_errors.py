@@ -59,7 +59,7 @@ def without(name):
         ),
         (
             lambda t: {key: tensor.to(torch.int8) for key, tensor in t.items()},
-            r"is stored as I8; only F64, F32, F16, BF16",
+            r"is stored as int8; only float64, float32, float16, bfloat16",
         ),
     ],
 )
