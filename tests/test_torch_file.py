@@ -243,7 +243,7 @@ assert "torch" not in sys.modules
     command = [sys.executable, "-c", script, str(file)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     file.unlink()
-    assert int(run.stdout) < 30_000  # KiB; the legacy format's pickles are looked for in the first 16 MiB
+    assert int(run.stdout) < 20_000  # KiB; the legacy format's pickles are looked for in the first 4 MiB
 
 
 def test_the_pickle_of_the_standard_library_writes_what_we_run():
