@@ -17,11 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.restricted_pickle import run_pickle
 from llava_jax.convert.tensors import TensorFiles
+from tests.tiny_models import save_llava
+from tools.convert_weights import main
 
 
 def write_zip(path: Path, program: bytes, storages: dict | None = None, root="archive", **more) -> Path:
@@ -223,10 +225,10 @@ def test_long_pickles_and_compressed_ones_are_not_unpacked(tmp_path):
         TensorFiles(tmp_path / "x.bin")
 
 
-def patched(path: Path, what: bytes, by: bytes, place: int = 0) -> None:
-    """Replaces the first (place 0) or last (place -1) occurrence."""
+def patched(path: Path, what: bytes, by: bytes, *, last: bool = False) -> None:
+    """Replaces the first or last occurrence."""
     data = path.read_bytes()
-    found = data.index(what) if place == 0 else data.rindex(what)
+    found = data.rindex(what) if last else data.index(what)
     path.write_bytes(data[:found] + by + data[found + len(what) :])
 
 
@@ -244,7 +246,7 @@ def test_zip_files_that_lie_are_refused(tmp_path):
     patched(file, b"archive/data/0", b"archive/data/1")  # only in front of the data
     expect("'archive/data/0' is not where its directory says")
     make()
-    patched(file, b"archive/version", b"archive/data/0\0", -1)  # and zipfile stops at a zero byte
+    patched(file, b"archive/version", b"archive/data/0\0", last=True)  # and zipfile stops at a zero byte
     expect("two entries 'archive/data/0'")
     make()
     data = file.read_bytes()
@@ -494,3 +496,22 @@ def test_several_files_without_an_index_are_refused(tmp_path):
         ConversionError, match=r"2 \.bin files \(a\.bin, b\.bin\).*pytorch_model\.bin\.index\.json"
     ):
         TensorFiles(tmp_path)
+
+
+@pytest.mark.parametrize("attack", ["code", "values"])
+def test_a_conversion_that_is_refused_writes_nothing(attack, tmp_path, capsys):
+    source = save_llava(tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    file = source / "pytorch_model.bin"
+    if attack == "code":
+        write_zip(file, pickle.dumps({"a": Calling(os.system, f"touch {tmp_path / 'ran'}")}, 2))
+    else:
+        torch.save(tensors, file)
+        last = list(tensors.values())[-1].numpy().tobytes()
+        patched(file, last, bytes([last[0] ^ 1]) + last[1:])
+    capsys.readouterr()
+    assert main(["from-hf", str(source), str(tmp_path / "ours")]) == 12
+    error = capsys.readouterr().err
+    assert error.startswith("convert_weights.py: ") and error.count("\n") == 1 and str(file) in error
+    assert os.listdir(tmp_path) == ["source"]
