@@ -292,6 +292,37 @@ def test_zip_files_that_lie_are_refused(tmp_path):
     expect("damaged")
 
 
+LEGACY = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+
+
+@pytest.mark.parametrize(
+    "header, keys, sizes, message",
+    [
+        ((LEGACY[0], 1002, LEGACY[2]), ["0"], [4], "another version"),
+        ((*LEGACY[:2], {"little_endian": False}), ["0"], [4], "big-endian"),
+        ((*LEGACY[:2], {}), ["0"], [4], "big-endian"),
+        (LEGACY, "0", [4], "list of storages is broken"),
+        (LEGACY, ["0", "0"], [4, 4], "list of storages is broken"),
+        (LEGACY, [], [], "values of a are not in it"),
+        (LEGACY, ["0", "1"], [4, 4], "a storage that no tensor uses"),
+        (LEGACY, ["0"], [5], "ends before its last tensor"),
+        (LEGACY, ["0"], [2**63], "ends before its last tensor"),
+        (LEGACY, ["0"], [3], "storage of 16 bytes, but 12 are there"),
+    ],
+)
+def test_files_before_torch_1_6_that_lie_are_refused(header, keys, sizes, message, tmp_path):
+    def write(header, keys, sizes):
+        parts = [pickle.dumps(part, 2) for part in header] + [program(tensor()), pickle.dumps(keys, 2)]
+        parts += [struct.pack("<Q", size) + bytes(16) for size in sizes]
+        (tmp_path / "x.bin").write_bytes(b"".join(parts))
+
+    write(LEGACY, ["0"], [4])
+    assert TensorFiles(tmp_path / "x.bin").read("a").tolist() == [0, 0, 0, 0]
+    write(header, keys, sizes)
+    with pytest.raises(ConversionError, match=rf"x\.bin cannot be read.*{message}"):
+        TensorFiles(tmp_path / "x.bin")
+
+
 def save(path: Path, format: str) -> bytes:
     """A good file of a format."""
     tensors = {"first": torch.arange(6.0).reshape(2, 3), "second": torch.ones(5).bfloat16()}
