@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llava_jax.config import ConfigError, ModelConfig
 from llava_jax.convert import layouts, ours
+from llava_jax.convert.download import fetch
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.names import PROJECTOR
 from llava_jax.convert.source import ModelSource
@@ -17,7 +18,7 @@ def open_model(path, *, vision_tower="") -> ModelSource:
     `vision_tower`: a CLIP directory for an original LLaVA that holds no tower and names none that is here.
     A tower inside the checkpoint wins over it. Raises ConversionError.
     """
-    path = _existing(path)
+    path = fetch(path)
     if ours.is_ours(path):
         return ours.open_ours(path)
     files, fields = TensorFiles(path), layouts.config_fields(path)
@@ -35,7 +36,7 @@ def open_model(path, *, vision_tower="") -> ModelSource:
 
 def open_projector(path) -> ModelSource:
     """Opens only the projector of a file, a directory or a whole model; the rest need not be complete."""
-    path = _existing(path)
+    path = fetch(path)
     if not ours.is_ours(path):
         return layouts.open_projector(path, TensorFiles(path))
     leaves = ours.open_ours(path).leaves
@@ -50,6 +51,7 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> Mod
     The result has layout "parts", the leaves of the components given, and as config `model` with their own
     configs put in. Raises ConversionError where a component is none, or where they do not fit together.
     """
+    vision_tower = vision_tower and fetch(vision_tower)
     decoder = _component(language_model, "llama", "decoder") if language_model else None
     clip = _component(vision_tower, "clip", "CLIP tower") if vision_tower else None
     found = {"text": decoder, "vision": clip}
@@ -67,18 +69,6 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> Mod
     if decoder:
         leaves |= decoder.leaves
     return ModelSource("parts", model, leaves, idle, decoder.tokenizer_path if decoder else "")
-
-
-def _existing(path) -> Path:
-    path = Path(path)
-    if not path.exists():
-        raise ConversionError(f"{path} does not exist.")
-    if path.is_file() and path.suffix != ".safetensors":
-        raise ConversionError(
-            f"{path} is no directory and no .safetensors file. Pickled .bin files are not read yet; save "
-            "their tensors as safetensors first."
-        )
-    return path
 
 
 def _component(path, layout: str, noun: str) -> ModelSource:

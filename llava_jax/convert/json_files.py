@@ -1,0 +1,48 @@
+"""Reads JSON files that others wrote."""
+
+import json
+from pathlib import Path
+
+from llava_jax.convert.errors import ConversionError
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that holds an object. Raises ConversionError naming the file otherwise.
+
+    Keys that come twice are refused, since readers differ in which of the two they take, and so are NaN and
+    Infinity, which are no JSON.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON ({error}); fetch or write it again.") from error
+    if not isinstance(fields, dict):
+        raise ConversionError(f"{path} should hold a JSON object, not a {type(fields).__name__}.")
+    return fields
+
+
+def repeated_keys(text: str) -> list[str]:
+    """The keys that come twice in an object of some valid JSON."""
+    found = []
+
+    def look(pairs):
+        found.extend(_repeated(pairs))
+
+    json.loads(text, object_pairs_hook=look)
+    return found
+
+
+def _once(pairs: list[tuple]) -> dict:
+    repeated = _repeated(pairs)
+    if repeated:
+        raise ValueError(f"the key {repeated[0]!r} comes twice")
+    return dict(pairs)
+
+
+def _repeated(pairs: list[tuple]) -> list[str]:
+    seen = set()
+    return [key for key, _ in pairs if key in seen or seen.add(key)]
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON")
