@@ -5,11 +5,18 @@ Exits with 0 if training may start, with 11 if not. Of the model only the tokeni
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
 from llava_jax.commands import read_recipe, run_command
+
+if TYPE_CHECKING:
+    from llava_jax.config import Config, InitConfig
+    from llava_jax.data.inspection import Inspection
+    from llava_jax.data.tokenizer import Tokenizer
+    from llava_jax.recipe import Recipe
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="A recipe, as for training.")
 STAGE = flags.DEFINE_string("stage", None, "The one stage of the recipe to check; default: all of them.")
@@ -54,7 +61,7 @@ def main() -> None:
     print("Training may start.")
 
 
-def _stages(recipe) -> dict:
+def _stages(recipe: "Recipe") -> dict[str, "Config"]:
     from llava_jax.errors import ConfigError
 
     if STAGE.value is None:
@@ -75,7 +82,7 @@ def _report() -> Path:
     return path
 
 
-def _load_tokenizer(init):
+def _load_tokenizer(init: "InitConfig") -> "Tokenizer":
     from llava_jax.data.tokenizer import load_tokenizer
 
     if init.tokenizer:
@@ -85,7 +92,7 @@ def _load_tokenizer(init):
     return load_tokenizer(find_tokenizer(init))
 
 
-def _tell(inspection) -> None:
+def _tell(inspection: "Inspection") -> None:
     print(inspection.files)
     for name, count in inspection.counts.items():
         print(f"  {name:<30} {count:>15}")

@@ -161,6 +161,13 @@ def test_unreadable_images_are_one_kind_whatever_they_are_called(folder):
     assert finding.title == "...: is not an image in one of the formats JPEG, PNG, WEBP, GIF, BMP, TIFF."
 
 
+def test_an_apostrophe_opens_no_quotation(folder):
+    dataset = open_datasets(DataConfig(path=write(folder, good_records(2)), image_folder=str(folder)), 0)[0]
+    problems = {0: "record 0: the record's 'a' and 'x'.", 1: "record 1: the record's 'b' and 'x'."}
+    (finding,) = by_kind(dataset, problems)
+    assert finding.title == "the record's ... and 'x'."
+
+
 def test_kinds_that_differ_in_words_are_apart_and_the_most_frequent_is_first(folder):
     records = [record(0, answer=""), {"id": 1}, {"id": 2, "conversations": []}, {"id": 3}]
     found = look(folder, write(folder, records))
@@ -426,6 +433,7 @@ def test_histograms_count_whole_numbers(tmp_path):
         [("1: 4", 120.0), ("2: 0", 0.0), ("3: 2", 60.0)],
         "tokens: median 1, mean 1.7, most 3",
     )
+    assert histogram(tmp_path, [1] * 1000 + [2])[0] == [("1: 1,000", 120.0), ("2: 1", 1.0)]  # to be seen
     assert histogram(tmp_path, [7, 7])[0] == [("7: 2", 120.0)]
     bars, _ = histogram(tmp_path, [*range(1000, 3000), 2999, 2999])
     assert len(bars) <= 40

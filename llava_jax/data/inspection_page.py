@@ -95,7 +95,7 @@ def _histogram(title: str, values: np.ndarray) -> str:
     for index, count in enumerate(counts.tolist()):
         first, last = low + index * step, min(low + (index + 1) * step - 1, high)
         meant = f"{first:,}" if first == last else f"{first:,} to {last:,}"
-        height = count / counts.max() * _HEIGHT
+        height = max(count / counts.max() * _HEIGHT, min(count, 1))
         bars.append(
             f'<rect x="{index * width:.1f}" y="{_HEIGHT - height:.1f}" width="{width * 0.9:.1f}" '
             f'height="{height:.1f}"><title>{meant}: {count:,}</title></rect>'
