@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Parses the flags and calls main(); a user's mistake becomes one paragraph and its exit code."""
+def run_command(main: Callable[[], None], *, interrupted: str = "Interrupted.") -> None:
+    """Parses the flags and calls main(); a user's mistake becomes one paragraph and its exit code.
+
+    interrupted: what Ctrl-C is answered with.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
     logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout
-    app.run(lambda _: _end_with_errors(main), flags_parser=_parse_flags)
+    app.run(lambda _: _end_with_errors(main, interrupted), flags_parser=_parse_flags)
 
 
 def read_recipe(flag: flags.FlagHolder) -> "Recipe":
@@ -62,7 +65,7 @@ def _summary(error: Exception) -> str:
     return " ".join(message.split())
 
 
-def _end_with_errors(main: Callable[[], None]) -> None:
+def _end_with_errors(main: Callable[[], None], interrupted: str) -> None:
     from llava_jax.errors import UserError
 
     try:
@@ -76,9 +79,7 @@ def _end_with_errors(main: Callable[[], None]) -> None:
             raise
         _fail(f"{error}. Nothing that was saved before is lost; mend it and run the same command again.", 12)
     except KeyboardInterrupt:
-        print(
-            "Interrupted; the same command continues from the last checkpoint.", file=sys.stderr, flush=True
-        )
+        print(interrupted, file=sys.stderr, flush=True)
         os._exit(130)  # threads that still read ahead could crash an orderly end
 
 

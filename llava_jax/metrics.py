@@ -58,8 +58,8 @@ class Progress:
         )
         last = row["step"] == self.num_steps
         if self.in_place:
-            width = os.get_terminal_size().columns
-            print(f"\r{line[: width - 1]:<{width - 1}}", end="\n" if last else "", flush=True)
+            width = shutil.get_terminal_size().columns - 1  # not 0 where the terminal has none
+            print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
         else:
             print(line, flush=True)
 
@@ -92,7 +92,7 @@ class Counter:
         if not self.in_place:
             print(line, flush=True)
             return
-        width = shutil.get_terminal_size().columns - 1  # not 0 where the terminal has none
+        width = shutil.get_terminal_size().columns - 1
         print(f"\r{line[:width]:<{width}}", end="\n" if ended else "", flush=True)
 
     def _start(self, done: int) -> None:

@@ -44,4 +44,4 @@ def use_huge_pages() -> None:
 
 if __name__ == "__main__":
     use_huge_pages()
-    run_command(main)
+    run_command(main, interrupted="Interrupted; the same command continues from the last checkpoint.")

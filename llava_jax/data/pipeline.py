@@ -74,7 +74,8 @@ class Pipeline:
             progress=progress,
         )
         problems = find_problems(dataset, self.measured)
-        require_sound(config, self.measured, problems)
+        files = ", ".join(source.index.path for source in dataset.sources)
+        require_sound(config, self.measured, problems, where=files)
         self.bad_samples = BadSamples(config, len(dataset), problems)
         self._usable = np.setdiff1d(np.arange(len(dataset)), list(problems))  # what the schedule counts
         self.schedule = self._make_schedule()

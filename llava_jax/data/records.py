@@ -65,8 +65,8 @@ def raise_problems(path: str, problems: Sequence[str]) -> None:
     noun = "problem" if len(problems) == 1 else "problems"
     shown = "\n  ".join(problems[:MAX_PROBLEMS_SHOWN])
     rest = len(problems) - MAX_PROBLEMS_SHOWN
-    more = f"\n  ... and {rest} more" if rest > 0 else ""
-    raise DataError(f"{path}: {len(problems)} {noun}; correct or remove these records:\n  {shown}{more}")
+    more = f"\n  ... and {rest:,} more" if rest > 0 else ""
+    raise DataError(f"{path}: {len(problems):,} {noun}; correct or remove these records:\n  {shown}{more}")
 
 
 def _sample_frames(video: str | tuple[str, ...], folder: ImageFolder, count: int) -> tuple[str, ...]:
