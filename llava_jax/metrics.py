@@ -1,7 +1,6 @@
 """What a run tells: the progress line, metrics.jsonl, result files and the loss plot."""
 
 import json
-import os
 import shutil
 import sys
 import time
