@@ -49,7 +49,7 @@ MODEL = ModelConfig(vision=VisionConfig(image_size=24, patch_size=1))
 PACKED = {"packing": True, "batch_size": 16}  # about as many samples as the other's 128 rows
 GROUPED = {"group_by_modality_length": True, "batch_size": 128}
 
-DISTINCT = 20_000  # conversations; only as many records are measured, and the time for all is in proportion
+DISTINCT = 20_000  # conversations; each process measures as many records, which gives the time for all
 ACCESSES = 10_000
 NUM_WORKERS = 4  # dataloader_num_workers of the original's scripts
 SAMPLING_SECONDS = 0.02
@@ -242,23 +242,15 @@ def make_reader(config: DataConfig) -> SampleReader:
     return SampleReader(dataset, config, tokenizer, BlankImages(MODEL))
 
 
-def measure_some(config: DataConfig, num_processes: int, num_records: int) -> dict:
-    """Measures the first DISTINCT records; from when every process is at work, the time grows with their number."""
-    reader = make_reader(dataclasses.replace(config, max_samples=DISTINCT))
-    start, marks = time.perf_counter(), []
-
-    def progress(done: int, total: int) -> None:
-        marks.append((done, time.perf_counter() - start))
-
-    measured = measure(reader, cache_dir="", num_processes=num_processes, progress=progress)
-    (first, before), (last, after) = marks[num_processes - 1], marks[-1]
-    per_record = (after - before) / (last - first)
+def measure_some(config: DataConfig, num_processes: int) -> dict:
+    """Measures DISTINCT records for each process."""
+    reader = make_reader(dataclasses.replace(config, max_samples=DISTINCT * num_processes))
+    start = time.perf_counter()
+    measured = measure(reader, cache_dir="", num_processes=num_processes)
     return {
-        "samples": last,
+        "seconds": time.perf_counter() - start,
+        "samples": len(measured.lengths),
         "tokens": float(measured.lengths.mean()),
-        "seconds": after,
-        "us_per_record": per_record * 1e6,
-        "seconds_for_all": before + per_record * (num_records - first),
     }
 
 
@@ -383,11 +375,13 @@ def show(title: str, function: Callable, *args) -> dict:
 
 
 def measuring_rate(config: DataConfig, num_processes: int, num_records: int) -> dict:
-    result, peak = in_fresh_process(measure_some, config, num_processes, num_records)
+    """Of some records; the time for all is in proportion, which counts the start of processes several times."""
+    result, peak = in_fresh_process(measure_some, config, num_processes)
+    result["seconds_for_all"] = result["seconds"] / result["samples"] * num_records
     print(
-        f"measuring {result['samples']:,} records ({result['tokens']:.0f} tokens each) in {num_processes} processes: "
-        f"{result['seconds']:.1f} s, {result['us_per_record']:.0f} us per record, so {result['seconds_for_all']:.0f} s "
-        f"for all; {peak['own_mb']:.0f} MB and, where there are several, {peak['children_mb']:.0f} MB in them",
+        f"measuring {result['samples']:,} records ({result['tokens']:.0f} tokens each), processes: {num_processes}: "
+        f"{result['seconds']:.1f} s, so about {result['seconds_for_all']:.0f} s for all; "
+        f"{peak['own_mb']:.0f} MB, in worker processes {peak['children_mb']:.0f} MB",
         flush=True,
     )
     return result | {"processes": num_processes, "peak": peak}
