@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
 
 from llava_jax.config import ConfigError, DataConfig
 from llava_jax.data import batching
@@ -139,13 +140,18 @@ class Pipeline:
             step = first_step + index // num_rows
             return step, self._load(step, self._own_rows[index % num_rows])
 
+        def collate(rows: list[tuple[int, list[Sample]]]) -> dict[str, np.ndarray]:
+            return self._collate(rows[0][0], [samples for _, samples in rows])
+
         threads = self.config.num_threads
-        buffer = max(threads, _BATCHES_AHEAD * num_rows) if threads else 0
-        rows = grain.MapDataset.range((last_step - first_step) * num_rows).map(load)
-        rows = rows.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
-        return iter(
-            rows.batch(num_rows, batch_fn=lambda pairs: self._collate(pairs[0][0], [row for _, row in pairs]))
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(threads, num_rows) if threads else 0
         )
+        rows = grain.MapDataset.range((last_step - first_step) * num_rows).map(load)
+        batches = rows.to_iter_dataset(options).batch(num_rows, batch_fn=collate)
+        if threads:
+            batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
+        return iter(batches)
 
     def _load(self, step: int, row: int) -> list[Sample]:
         return [self._read(int(id)) for id in self._usable[self.schedule.row(step, row)]]
