@@ -13,8 +13,9 @@ from llava_jax.convert.errors import ConversionError
 def new_directory(destination) -> Iterator[Path]:
     """Yields a directory to fill, named `destination` plus ".incomplete", and renames it at the end.
 
-    What an interrupted write left behind is removed by the next one. An existing `destination` is refused
-    unless it is an empty directory.
+    The name appears only when all its files are on the disk, so that not even a power cut leaves a directory
+    that looks complete. What an interrupted write left behind is removed by the next one. An existing
+    `destination` is refused unless it is an empty directory.
     """
     destination = Path(os.path.abspath(destination))
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -26,7 +27,20 @@ def new_directory(destination) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for folder, _, files in os.walk(partial):
+            for path in [*(os.path.join(folder, name) for name in files), folder]:
+                _synchronise(path)
+        os.rename(partial, destination)
+        _synchronise(destination.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    os.rename(partial, destination)
+
+
+def _synchronise(path) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
