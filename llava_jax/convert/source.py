@@ -32,8 +32,8 @@ class Leaf:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def part(self, index: Index = ()) -> np.ndarray:
-        """The array's `index`."""
-        if not index:
+        """What `index`, completed or (), selects."""
+        if not index or extent(index) == self.shape:
             return self.read()
         return self.read(index) if self.axis is not None else self.read()[index]
 
