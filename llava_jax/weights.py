@@ -12,7 +12,7 @@ import numpy as np
 from llava_jax.checkpoint import SavedParameters, saved_steps
 from llava_jax.config import Config, InitConfig, ModelConfig, from_json
 from llava_jax.convert.opening import open_model, open_parts, open_projector
-from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent
+from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.optimizer import MODULES
 from llava_jax.step import abstract_model, random_parameters
@@ -233,9 +233,8 @@ class _Shards:
         """Reads the leaf's `parts`, each cut to `within`; -> the checksum of what was read."""
         crc = 0
         within = completed(within, self.shape)
-        for part in parts:
-            part = _intersection(completed(part, self.shape), within)
-            values = leaf.part(part)
+        parts = [_intersection(completed(part, self.shape), within) for part in parts]
+        for part, values in zip(parts, read_ahead(leaf, parts), strict=True):
             crc = checksum(values, crc)
             for ends, buffer in self.buffers.items():
                 index = tuple(slice(*pair) for pair in ends)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from llava_jax.convert.progress import Progress, silent
-from llava_jax.convert.source import Leaf, ModelSource
+from llava_jax.convert.source import Leaf, ModelSource, read_ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,7 @@ class Difference:
     detail: str
 
 
-def compare(
-    first: ModelSource, second: ModelSource, *, progress: Progress = silent
-) -> Iterator[Difference]:
+def compare(first: ModelSource, second: ModelSource, *, progress: Progress = silent) -> Iterator[Difference]:
     """Every leaf of either model, then the tensors set aside, each as soon as it is read.
 
     Equal means the same values; where the dtypes differ, values are compared exactly after widening, and
@@ -46,8 +44,8 @@ def _compare(name: str, first: Leaf, second: Leaf, progress: Progress) -> Differ
     same_dtype = first.dtype == second.dtype
     dtypes = str(first.dtype) if same_dtype else f"{first.dtype} and {second.dtype}"
     axis = first.axis if first.axis is not None else second.axis
-    for index in (first if first.axis is not None else second).parts():
-        a, b = first.part(index), second.part(index)
+    parts = (first if first.axis is not None else second).parts()
+    for index, a, b in zip(parts, read_ahead(first, parts), read_ahead(second, parts), strict=True):
         progress(a.nbytes)
         if same_dtype and np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)):
             continue

@@ -20,7 +20,7 @@ from llava_jax.convert.model_configs import (
 from llava_jax.convert.names import VOCABULARY, Row, idle_vision_rows, model_rows, spell
 from llava_jax.convert.new_directory import new_directory
 from llava_jax.convert.progress import Progress, silent
-from llava_jax.convert.source import Leaf
+from llava_jax.convert.source import Leaf, read_ahead
 from llava_jax.convert.tensors import ShardWriter
 from llava_jax.convert.tokenizer_files import copy_tokenizer
 from llava_jax.convert.transposing import contiguous
@@ -142,8 +142,8 @@ def _tensors(row: Row, leaf: Leaf) -> Iterator[tuple[np.ndarray, str]]:
         yield leaf.read(), row.tensors[0]
         return
     names = iter(row.tensors)
-    for index in leaf.parts():
-        yield from zip(leaf.part(index), names)  # noqa: B905 (a part may hold fewer layers)
+    for layers in read_ahead(leaf, leaf.parts()):
+        yield from zip(layers, names)  # noqa: B905 (a part may hold fewer layers)
 
 
 def _with_more_rows(tensor: np.ndarray, more: np.ndarray | None, count: int) -> np.ndarray:

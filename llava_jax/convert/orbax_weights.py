@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.progress import Progress
-from llava_jax.convert.source import Index, Leaf
+from llava_jax.convert.source import Index, Leaf, read_ahead
 
 # Arrays are stored in tiles of at most this size, the least that can be read alone.
 _TILE_BYTES = 4 * 2**20
@@ -24,7 +24,7 @@ _OCDBT = {
 
 
 def save(directory: Path, leaves: dict[str, Leaf], progress: Progress) -> None:
-    """Saves `leaves` as the PyTree checkpoint {name: array} that plain orbax restores. Holds two parts.
+    """Saves `leaves` as the PyTree checkpoint {name: array} that plain orbax restores. Holds a few parts.
 
     Orbax decides names, metadata and that the checkpoint appears whole or not at all; only the bytes of the
     arrays are written here.
@@ -42,9 +42,7 @@ def save(directory: Path, leaves: dict[str, Leaf], progress: Progress) -> None:
                 _write(Path(info.parent_dir), info.name, leaf, context, progress)
             return []
 
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (Leaf, LeafHandler(deepcopy_host_arrays=False))
-    )
+    registry = ocp.type_handlers.create_type_handler_registry((Leaf, LeafHandler(deepcopy_host_arrays=False)))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(leaves))
 
@@ -59,18 +57,22 @@ def _write(directory: Path, name: str, leaf: Leaf, context, progress: Progress) 
         "compressor": None,  # weights hardly shrink, and it costs more time than the disk
     }
     spec = _spec(directory, name, _OCDBT) | {"metadata": metadata}
+    written = ts.open(spec, context=context, create=True)
+    store = _result(written, name)
+    parts = leaf.parts()
+    for index, values in zip(parts, read_ahead(leaf, parts), strict=True):
+        _result(written, name)
+        written = store[index].write(values, can_reference_source_data_indefinitely=True).commit
+        written.force()  # starts now, not when it is waited for
+        progress(values.nbytes)
+    _result(written, name)
+
+
+def _result(future, name: str):
     try:
-        store = ts.open(spec, context=context, create=True).result()
-        written = None
-        for index in leaf.parts():
-            values = leaf.part(index)
-            if written is not None:  # one part is written while the next is read
-                written.result()
-            written = store[index].write(values, can_reference_source_data_indefinitely=True)
-            progress(values.nbytes)
-        written.result()
+        return future.result()
     except ValueError as error:  # what tensorstore makes of a full disk
-        raise OSError(f"{directory.parent}: {name} cannot be written: {error}") from error
+        raise OSError(f"{name} cannot be written: {error}") from error
 
 
 class StoredArrays:
@@ -78,12 +80,12 @@ class StoredArrays:
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
-        self._open = functools.cache(self._open)
+        self._store = functools.cache(self._open)  # opening one reads the tree again
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """A part of an array; only the tiles that it touches are read. Raises ConversionError."""
         try:
-            return self._open(name)[index].read().result()
+            return self._store(name)[index].read().result()
         except (ValueError, OSError, KeyError) as error:
             raise ConversionError(
                 f"{self._directory}: {name} cannot be read ({error}); convert the model again."

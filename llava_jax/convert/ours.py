@@ -98,5 +98,3 @@ def write_model(directory, source: ModelSource, *, progress: Progress = silent) 
             "weights": {name: [list(source.shape(name)), source.dtype(name).name] for name in names},
         }
         (partial / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
-
-

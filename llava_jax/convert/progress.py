@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from llava_jax.metrics import format_seconds
 
-Progress = Callable[[int], None]  # is told how many bytes of the model have been handled since it was last told
+Progress = Callable[
+    [int], None
+]  # is told how many bytes of the model have been handled since it was last told
 
 
 def silent(num_bytes: int) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -48,6 +49,20 @@ class Leaf:
         whole = [slice(0, size) for size in self.shape]
         ranges = [slice(begin, min(begin + step, length)) for begin in range(0, length, step)]
         return [(*whole[: self.axis], part, *whole[self.axis + 1 :]) for part in ranges]
+
+
+def read_ahead(leaf: Leaf, indices: list[Index]) -> Iterator[np.ndarray]:
+    """What each index selects; while one is used, a thread reads the next."""
+    if len(indices) == 1:
+        yield leaf.part(indices[0])
+        return
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(leaf.part, indices[0])
+        for index in indices[1:]:
+            values = pending.result()
+            pending = reader.submit(leaf.part, index)
+            yield values
+        yield pending.result()
 
 
 def completed(index: Index, shape: tuple[int, ...]) -> Index:
