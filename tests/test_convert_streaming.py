@@ -317,6 +317,15 @@ def test_damaged_weights_are_named_and_never_read_as_zeros(llava_hf, tmp_path):
             model.read(name)
 
 
+def test_a_lost_tile_is_an_error_and_no_zeros(llava_hf, tmp_path):
+    write_model(tmp_path / "ours", open_model(llava_hf))
+    base = {"driver": "file", "path": f"{tmp_path}/ours/weights/"}
+    tiles = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    tiles.write("language_model.norm.scale/0", None).result()
+    with pytest.raises(ConversionError, match=r"language_model\.norm\.scale cannot be read"):
+        open_model(tmp_path / "ours").read("language_model.norm.scale")
+
+
 def test_progress_is_told_every_ten_seconds_without_a_terminal(capsys):
     now = iter([0, 4, 10, 12, 20])
     line = ProgressLine(10_000_000_000, clock=lambda: next(now))

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def new_directory(destination) -> Iterator[Path]:
             f"{destination} exists and is not an empty directory; remove it or choose another name."
         )
     partial = destination.with_name(destination.name + ".incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -33,8 +34,16 @@ def new_directory(destination) -> Iterator[Path]:
         os.rename(partial, destination)
         _synchronise(destination.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
+
+
+def _remove(partial: Path) -> None:
+    for _ in range(10):  # a thread of an interrupted write may still add files
+        shutil.rmtree(partial, ignore_errors=True)
+        if not partial.exists():
+            return
+        time.sleep(0.1)
 
 
 def _synchronise(path) -> None:
