@@ -12,7 +12,7 @@ import numpy as np
 from llava_jax.checkpoint import SavedParameters, saved_steps
 from llava_jax.config import Config, InitConfig, ModelConfig, from_json
 from llava_jax.convert.opening import open_model, open_parts, open_projector
-from llava_jax.convert.source import Leaf, ModelSource
+from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.optimizer import MODULES
 from llava_jax.step import abstract_model, random_parameters
@@ -112,23 +112,44 @@ def after_stage(weights: ModelSource, config: Config, checkpoints: Path) -> Mode
 
 
 def _verified(name: str, leaf: Leaf, crc: int, path: Path) -> Leaf:
-    """`leaf`, which raises CheckpointError when what it reads is not what the stage in `path` was trained with."""
+    """`leaf`, which raises CheckpointError when what it reads is not what the stage in `path` was trained with.
 
-    def read():
-        array = leaf.read()
-        if checksum(array) != crc:
+    Before the first part is read all of it is, for the checksum.
+    """
+    verified = False
+
+    def verify(found: int) -> None:
+        nonlocal verified
+        if found != crc:
             raise CheckpointError(
                 f"{name} has changed since {path} was trained with it frozen: the model in the run's init.* is no longer "
                 "the same. Put the old one back."
             )
-        return array
+        verified = True
+
+    def read(index: Index = ()):
+        if not index:
+            array = leaf.read()
+            verify(checksum(array))
+            return array
+        if not verified:
+            found = 0
+            for part in _in_order(leaf):
+                found = checksum(leaf.part(part), found)
+            verify(found)
+        return leaf.part(index)
 
     return dataclasses.replace(leaf, read=read)
 
 
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of the array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8))
+def _in_order(leaf: Leaf) -> list[Index]:
+    """Parts of a leaf whose bytes follow each other, as its checksum takes them."""
+    return leaf.parts() if leaf.axis == 0 else [()]
+
+
+def checksum(array: np.ndarray, crc: int = 0) -> int:
+    """CRC-32 of the array's bytes, or of those that had the checksum `crc` and then the array's."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), crc)
 
 
 def checkpoint_directory(workdir: Path, stage: str) -> Path:
@@ -173,15 +194,73 @@ def load(
 ) -> dict[str, jax.Array]:
     """Reads parameters onto the devices one by one, as `dtype`. sharding(name, shape) -> where each lies.
 
-    `checksums` receives the checksum of each as it was read.
+    The host holds this process's shards of one parameter and one part of it as stored. `checksums` receives
+    the checksum of each whole parameter as it was read, whatever its sharding; without it no bytes are read
+    that only other processes need.
     """
     arrays = {}
     for name in names:
-        array = weights.read(name)
-        if checksums is not None:
-            checksums[name] = checksum(array)
-        arrays[name] = jax.device_put(array.astype(dtype), sharding(name, array.shape))
+        leaf = weights.leaves[name]
+        shards = _Shards(leaf.shape, np.dtype(dtype), sharding(name, leaf.shape))
+        if checksums is None:
+            shards.fill(leaf, leaf.parts(), within=shards.bounds)
+        else:
+            checksums[name] = shards.fill(leaf, _in_order(leaf))
+        arrays[name] = shards.place()
     return arrays
+
+
+class _Shards:
+    """The distinct shards of an array on this process's devices, in host memory."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding):
+        self.shape, self.sharding = shape, sharding
+        self.buffers = {}  # the begin and end on every axis -> values
+        for index in sharding.addressable_devices_indices_map(shape).values():
+            index = completed(index, shape)
+            if _ends(index) not in self.buffers:
+                self.buffers[_ends(index)] = np.empty(extent(index), dtype)
+
+    @property
+    def bounds(self) -> Index:
+        """The smallest part of the array that holds all shards."""
+        return tuple(
+            slice(min(begin for begin, _ in axis), max(end for _, end in axis))
+            for axis in zip(*self.buffers, strict=True)
+        )
+
+    def fill(self, leaf: Leaf, parts: list[Index], within: Index = ()) -> int:
+        """Reads the leaf's `parts`, each cut to `within`; -> the checksum of what was read."""
+        crc = 0
+        within = completed(within, self.shape)
+        parts = [_intersection(completed(part, self.shape), within) for part in parts]
+        for part, values in zip(parts, read_ahead(leaf, parts), strict=True):
+            crc = checksum(values, crc)
+            for ends, buffer in self.buffers.items():
+                index = tuple(slice(*pair) for pair in ends)
+                common = _intersection(index, part)
+                buffer[_relative(common, index)] = values[_relative(common, part)]
+        return crc
+
+    def place(self) -> jax.Array:
+        return jax.make_array_from_callback(
+            self.shape, self.sharding, lambda index: self.buffers[_ends(completed(index, self.shape))]
+        )
+
+
+def _ends(index: Index) -> tuple[tuple[int, int], ...]:
+    return tuple((one.start, one.stop) for one in index)
+
+
+def _intersection(first: Index, second: Index) -> Index:
+    pairs = zip(first, second, strict=True)
+    bounds = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in pairs]
+    return tuple(slice(begin, max(begin, end)) for begin, end in bounds)
+
+
+def _relative(index: Index, origin: Index) -> Index:
+    pairs = zip(index, origin, strict=True)
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in pairs)
 
 
 def _random_leaves(model: ModelConfig, seed: int, names: Iterable[str]) -> dict[str, Leaf]:

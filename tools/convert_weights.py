@@ -8,6 +8,7 @@ inspect PATH                                         say what a directory holds
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 BAD_ARGUMENTS, BAD_MODEL = 10, 12
+INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"convert_weights.py: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_MODEL)
+    except KeyboardInterrupt:
+        print("convert_weights.py: interrupted; what was written so far is removed.", file=sys.stderr)
+        return INTERRUPTED
 
 
 def byte_count(text: str) -> int:
@@ -103,6 +108,13 @@ def open_source(path: str, vision_tower: str = ""):
     return open_any(path, vision_tower=vision_tower)
 
 
+def progress_line(model):
+    """Tells how much of a model has been handled; see `ProgressLine`."""
+    from llava_jax.convert.progress import ProgressLine
+
+    return contextlib.closing(ProgressLine(model.num_bytes()))
+
+
 def from_hf(arguments, parser) -> None:
     (*source, destination) = arguments.paths
     if len(source) > 1:
@@ -119,7 +131,8 @@ def from_hf(arguments, parser) -> None:
         model = assemble(arguments.vision_tower, arguments.language_model, arguments.seed)
     from llava_jax.convert.ours import write_model
 
-    write_model(destination, model)
+    with progress_line(model) as progress:
+        write_model(destination, model, progress=progress)
     print(f"Wrote {destination} (from {model.layout}, {len(model.names())} arrays)")
 
 
@@ -144,18 +157,20 @@ def to_hf(arguments, parser) -> None:
         )
     from llava_jax.convert.export import write_hf
 
-    write_hf(
-        arguments.destination,
-        layout=arguments.layout,
-        model=model.config,
-        read=model.read,
-        set_aside=model.set_aside(),
-        tokenizer_path=model.tokenizer_path,
-        template=model.template,
-        image_aspect_ratio=model.image_aspect_ratio,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-    )
+    with progress_line(model) as progress:
+        write_hf(
+            arguments.destination,
+            layout=arguments.layout,
+            model=model.config,
+            read=model.leaves.__getitem__,
+            set_aside=model.set_aside(),
+            tokenizer_path=model.tokenizer_path,
+            template=model.template,
+            image_aspect_ratio=model.image_aspect_ratio,
+            dtype=arguments.dtype,
+            max_shard_size=arguments.max_shard_size,
+            progress=progress,
+        )
     print(f"Wrote {arguments.destination} ({arguments.layout})")
 
 
@@ -165,11 +180,13 @@ def verify(arguments, parser) -> int:
     print(f"Comparing {arguments.first} and {arguments.second}", flush=True)
     sources = [open_source(path, arguments.vision_tower) for path in (arguments.first, arguments.second)]
     count = different = 0
-    for difference in compare(*sources):
-        count += 1
-        different += not difference.equal
-        verdict = "equal    " if difference.equal else "DIFFERENT"
-        print(f"{verdict} {difference.name}: {difference.detail}", flush=True)
+    with progress_line(sources[0]) as progress:
+        for difference in compare(*sources, progress=progress):
+            count += 1
+            different += not difference.equal
+            verdict = "equal    " if difference.equal else "DIFFERENT"
+            progress.clear()
+            print(f"{verdict} {difference.name}: {difference.detail}", flush=True)
     print(f"{count - different} equal, {different} different")
     return 1 if different else 0
 

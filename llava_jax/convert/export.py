@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 (teaches numpy the name "bfloat16")
@@ -17,10 +17,13 @@ from llava_jax.convert.model_configs import (
     write_llava_config,
     write_llava_hf_config,
 )
-from llava_jax.convert.names import VOCABULARY, idle_vision_rows, model_rows, spell
+from llava_jax.convert.names import VOCABULARY, Row, idle_vision_rows, model_rows, spell
 from llava_jax.convert.new_directory import new_directory
+from llava_jax.convert.progress import Progress, silent
+from llava_jax.convert.source import Leaf, read_ahead
 from llava_jax.convert.tensors import ShardWriter
 from llava_jax.convert.tokenizer_files import copy_tokenizer
+from llava_jax.convert.transposing import contiguous
 
 
 def write_hf(
@@ -28,17 +31,19 @@ def write_hf(
     *,
     layout: str,
     model: ModelConfig,
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str], Leaf | np.ndarray],
     set_aside: Mapping[str, np.ndarray] | None = None,
     tokenizer_path: str = "",
     template: str = "v1",
     image_aspect_ratio: str = "pad",
     dtype: str | None = None,
     max_shard_size: int = 5 * 10**9,
+    progress: Progress = silent,
 ) -> None:
     """Writes safetensors, configs, tokenizer and processor so that the layout's own software loads them.
 
-    `read` gives a leaf by our name; one leaf is held at a time. `dtype` None keeps each leaf's own.
+    `read` gives an array by our name. Of a Leaf, which is not read yet, a few layers are held at a time.
+    `dtype` None keeps each array's own. `progress` is told of every part that has been written.
 
     "llava-hf" gets the names of the published files, which all versions of transformers read. Its vocabulary
     grows by `<image>` and `<pad>` to a multiple of 64; the token rows above ours are those set aside at
@@ -75,7 +80,8 @@ def write_hf(
         generation = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
         (partial / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
-        _write_tensors(partial, layout, model, read, set_aside, vocabulary, dtype, max_shard_size)
+        leaves = (_checked(row, read(row.leaf)) for row in model_rows(model))
+        _write_tensors(partial, layout, model, leaves, set_aside, vocabulary, dtype, max_shard_size, progress)
 
 
 def check_layout(model: ModelConfig, layout: str) -> None:
@@ -94,8 +100,17 @@ def _padded_vocabulary(base: int, tokens: SpecialTokens, set_aside: Mapping[str,
     return imported if base < imported >= needed else -(-needed // 64) * 64
 
 
+def _checked(row: Row, array: Leaf | np.ndarray) -> Leaf:
+    """What `read` gave for a row of the table, which must have the shape that the config asks for."""
+    if tuple(array.shape) != row.shape:
+        raise ConversionError(f"{row.leaf} has shape {array.shape}, but its config asks for {row.shape}.")
+    if isinstance(array, Leaf):
+        return array
+    return Leaf(array.shape, array.dtype, lambda: np.asarray(array))
+
+
 def _write_tensors(
-    directory: Path, layout, model, read, set_aside, vocabulary, dtype, max_shard_size
+    directory: Path, layout, model, leaves, set_aside, vocabulary, dtype, max_shard_size, progress
 ) -> None:
     rows = model_rows(model)
     idle_rows = idle_vision_rows(model.vision, model.num_vision_layers_run)
@@ -103,15 +118,13 @@ def _write_tensors(
         name: spell(name, layout, model.projector_type) for row in [*rows, *idle_rows] for name in row.tensors
     }
     writer = ShardWriter(directory, names=list(names.values()), max_shard_size=max_shard_size)
-    for row in rows:
-        leaf = _cast(np.asarray(read(row.leaf)), dtype, row.leaf)
-        if leaf.shape != row.shape:
-            raise ConversionError(f"{row.leaf} has shape {leaf.shape}, but its config asks for {row.shape}.")
-        for name, part in zip(row.tensors, leaf if row.stacked else [leaf], strict=True):
-            tensor = row.to_theirs(part)
+    for row, leaf in zip(rows, leaves, strict=True):
+        for part, name in _tensors(row, leaf):
+            tensor = contiguous(row.to_theirs(_cast(part, dtype, row.leaf)))
             if name in VOCABULARY:
                 tensor = _with_more_rows(tensor, set_aside.get(name), vocabulary)
             writer.add(names[name], tensor)
+            progress(part.nbytes)
         if row.leaf == "vision_tower.class_embedding":
             vision_dtype = leaf.dtype
     for row in idle_rows:
@@ -121,6 +134,16 @@ def _write_tensors(
             tensor = np.full(row.shape, 1 if is_norm_scale else 0, vision_dtype)
         writer.add(names[row.leaf], _cast(tensor, dtype, row.leaf))
     writer.close()
+
+
+def _tensors(row: Row, leaf: Leaf) -> Iterator[tuple[np.ndarray, str]]:
+    """For each tensor of a row our part of the leaf and the canonical name."""
+    if not row.stacked:
+        yield leaf.read(), row.tensors[0]
+        return
+    names = iter(row.tensors)
+    for layers in read_ahead(leaf, leaf.parts()):
+        yield from zip(layers, names)  # noqa: B905 (a part may hold fewer layers)
 
 
 def _with_more_rows(tensor: np.ndarray, more: np.ndarray | None, count: int) -> np.ndarray:

@@ -5,9 +5,20 @@ from collections.abc import Iterable
 import numpy as np
 
 from llava_jax.convert.errors import ConversionError, listing
-from llava_jax.convert.names import EMBEDDING, HEAD, VOCABULARY, Row, canonical, is_ignorable, spell
-from llava_jax.convert.source import Leaf
+from llava_jax.convert.names import (
+    EMBEDDING,
+    HEAD,
+    PATCHES,
+    TRANSPOSE,
+    VOCABULARY,
+    Row,
+    canonical,
+    is_ignorable,
+    spell,
+)
+from llava_jax.convert.source import Index, Leaf, completed, extent
 from llava_jax.convert.tensors import TensorFiles
+from llava_jax.convert.transposing import contiguous, copy_into
 
 
 class Matching:
@@ -104,20 +115,34 @@ class Matching:
                 f"({listing(sorted(map(str, dtypes)))}); save the model in one dtype first."
             )
         dtype = dtypes.pop() if dtypes else np.dtype(np.float32)
-        num_rows = row.tensor_shape[0]
 
-        def read() -> np.ndarray:
+        def read(index: Index = ()) -> np.ndarray:
+            index = completed(index, row.shape)
             if not row.stacked:
-                return np.ascontiguousarray(row.to_ours(self.files.read(names[0], 0, num_rows)))
-            stacked = np.empty(row.shape, dtype)
-            for layer, name in enumerate(names):
-                stacked[layer] = row.to_ours(self.files.read(name))
+                return contiguous(self._read(row, names[0], index))
+            stacked = np.empty(extent(index), dtype)
+            for layer, name in zip(stacked, names[index[0]], strict=True):
+                copy_into(layer, self._read(row, name, index[1:]))
             return stacked
 
-        return Leaf(row.shape, dtype, read)
+        return Leaf(row.shape, dtype, read, reading_axis(row))
+
+    def _read(self, row: Row, name: str, index: Index) -> np.ndarray:
+        """A part of one layer. Of the tensor in the file only the rows that it lies in are read."""
+        if row.how == PATCHES:
+            return row.to_ours(self.files.read(name))[index]
+        axis = len(index) - 1 if row.how == TRANSPOSE else 0
+        rows = index[axis]
+        within = (*index[:axis], slice(None), *index[axis + 1 :])
+        return row.to_ours(self.files.read(name, rows.start, rows.stop))[within]
 
     def _extra_rows(self, name: str, begin: int) -> Leaf:
         file_name = self._names[name]
         count, width = self.shape(name)
         dtype = self.files.dtype(file_name)
         return Leaf((count - begin, width), dtype, lambda: self.files.read(file_name, begin))
+
+
+def reading_axis(row: Row) -> int:
+    """The axis of a row's leaf that is the first one of its tensors, or that of the layers."""
+    return 1 if row.how == TRANSPOSE and not row.stacked else 0

@@ -1,8 +1,7 @@
 """Our own model directory: config.json, orbax weights, the tensors set aside, the tokenizer."""
 
-import dataclasses
+import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,16 @@ from safetensors.numpy import save_file
 
 from llava_jax.config import ConfigError, ModelConfig, from_json, to_json
 from llava_jax.convert.errors import ConversionError, listing
+from llava_jax.convert.matching import reading_axis
 from llava_jax.convert.names import model_rows
 from llava_jax.convert.new_directory import new_directory
+from llava_jax.convert.orbax_weights import StoredArrays, save
+from llava_jax.convert.progress import Progress, silent
 from llava_jax.convert.source import Leaf, ModelSource
 from llava_jax.convert.tensors import TensorFiles, read_json
 from llava_jax.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 
 _FORMAT, _VERSION = "llava_jax", 1
-# Arrays are stored in pieces of about this size, so that a part of a big one can be read alone.
-_CHUNK_BYTES = 128 * 2**20
 
 
 def is_ours(path: Path) -> bool:
@@ -41,7 +41,8 @@ def open_ours(path: Path) -> ModelSource:
         stored = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in fields["weights"].items()}
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise ConversionError(f"{file} is damaged ({error}); convert the model again.") from error
-    expected = {row.leaf: row.shape for row in model_rows(model)}
+    rows = {row.leaf: row for row in model_rows(model)}
+    expected = {name: row.shape for name, row in rows.items()}
     if {name: shape for name, (shape, _) in stored.items()} != expected:
         wrong = [
             name for name in expected | stored if name not in stored or stored[name][0] != expected.get(name)
@@ -51,8 +52,9 @@ def open_ours(path: Path) -> ModelSource:
         )
     if not (path / "weights").is_dir():
         raise ConversionError(f"{path} has a config.json but no weights directory; convert the model again.")
+    arrays = StoredArrays(path / "weights")
     leaves = {
-        name: Leaf(shape, dtype, lambda name=name: _restore(path / "weights", name))
+        name: Leaf(shape, dtype, functools.partial(arrays.read, name), reading_axis(rows[name]))
         for name, (shape, dtype) in stored.items()
     }
     idle = {}
@@ -67,10 +69,11 @@ def open_ours(path: Path) -> ModelSource:
     )
 
 
-def write_model(directory, source: ModelSource) -> None:
-    """Writes `source`, a whole model from anywhere, as our own model directory. Holds one leaf at a time.
+def write_model(directory, source: ModelSource, *, progress: Progress = silent) -> None:
+    """Writes `source`, a whole model from anywhere, as our own model directory, a few layers at a time.
 
-    Raises ConversionError if `source` lacks leaves or `directory` exists and is not empty.
+    `progress` is told of every part of a leaf that has been read. Raises ConversionError if `source` lacks
+    leaves or `directory` exists and is not empty.
     """
     if not isinstance(source.config, ModelConfig):
         raise ConversionError(
@@ -81,7 +84,7 @@ def write_model(directory, source: ModelSource) -> None:
     if missing:
         raise ConversionError(f"The model lacks {len(missing)} arrays ({listing(missing)}).")
     with new_directory(directory) as partial:
-        weights = _save(partial / "weights", {name: lambda name=name: source.read(name) for name in names})
+        save(partial / "weights", {name: source.leaves[name] for name in names}, progress)
         set_aside = source.set_aside()
         if set_aside:
             save_file(set_aside, partial / "set_aside.safetensors")
@@ -92,57 +95,6 @@ def write_model(directory, source: ModelSource) -> None:
             "model": to_json(source.config),
             "template": source.template,
             "image_aspect_ratio": source.image_aspect_ratio,
-            "weights": weights,
+            "weights": {name: [list(source.shape(name)), source.dtype(name).name] for name in names},
         }
         (partial / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Unread:
-    """Stands for an array in the tree that orbax is given."""
-
-    read: Callable[[], np.ndarray]
-
-
-def _save(directory: Path, readers: dict[str, Callable[[], np.ndarray]]) -> dict[str, list]:
-    """Saves {name: array} as an orbax PyTree checkpoint, one after the other -> {name: [shape, dtype]}."""
-    import jax  # these two are slow to import, and only needed here
-    import orbax.checkpoint as ocp
-
-    written = {}
-
-    class UnreadHandler(ocp.type_handlers.NumpyHandler):
-        """Saves an _Unread as the numpy array it stands for; restoring needs nothing special."""
-
-        async def serialize(self, values, infos, args=None):
-            for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-                array = value.read()
-                written[info.name] = [list(array.shape), array.dtype.name]
-                for done in await super().serialize([array], [info], [arg]):
-                    done.result()
-            return []
-
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (_Unread, UnreadHandler(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    tree = {name: _Unread(read) for name, read in readers.items()}
-    save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in tree}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
-        checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=save_args))
-    return {name: written[name] for name in tree}
-
-
-def _restore(directory: Path, name: str) -> np.ndarray:
-    """One array of what `_save` wrote."""
-    import orbax.checkpoint as ocp
-
-    args = ocp.args.PyTreeRestore(
-        item={name: 0}, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
-    )
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(directory.absolute(), args=args)[name]
-    except (ValueError, OSError, KeyError) as error:
-        raise ConversionError(
-            f"{directory}: {name} cannot be read ({error}); convert the model again."
-        ) from error
