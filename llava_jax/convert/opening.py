@@ -20,24 +20,14 @@ def open_model(path, *, vision_tower="") -> ModelSource:
     path = _existing(path)
     if ours.is_ours(path):
         return ours.open_ours(path)
-    files, fields = TensorFiles(path), layouts.config_fields(path)
-    layout = layouts.detect_layout(files, fields)
-    if layout == "llava":
-        return layouts.open_llava(path, files, fields, vision_tower)
-    if layout == "llava-hf":
-        return layouts.open_llava_hf(path, files, fields)
-    if layout == "clip":
-        return layouts.open_clip(path, files, fields)
-    if layout == "llama":
-        return layouts.open_llama(path, files, fields)
-    return layouts.open_projector(path, files)
+    return layouts.read_layout(path, vision_tower).source()
 
 
 def open_projector(path) -> ModelSource:
     """Opens only the projector of a file, a directory or a whole model; the rest need not be complete."""
     path = _existing(path)
     if not ours.is_ours(path):
-        return layouts.open_projector(path, TensorFiles(path))
+        return layouts.read_projector(path, TensorFiles(path)).source()
     leaves = ours.open_ours(path).leaves
     return ModelSource(
         "projector", None, {name: leaf for name, leaf in leaves.items() if name.startswith(PROJECTOR)}
@@ -60,9 +50,9 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> Mod
     leaves, idle = {}, {}
     if clip:
         path = Path(vision_tower)
-        clip = layouts.open_clip(
+        clip = layouts.read_clip(
             path, TensorFiles(path), layouts.config_fields(path), num_layers=model.num_vision_layers_run
-        )
+        ).source()
         leaves, idle = dict(clip.leaves), clip.idle
     if decoder:
         leaves |= decoder.leaves
