@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_jax.convert.adapter_names import AdapterTensor, adapter_layout, parse
 from llava_jax.convert.errors import ConversionError, listing
+from llava_jax.convert.names import is_ignorable
 from llava_jax.convert.tensors import TensorFiles, read_json
 
 # What of an adapter_config.json changes how it is merged (see `_read_settings`), and what only matters for training.
@@ -99,6 +100,8 @@ def open_adapter(path) -> Adapter:
     for some in files:
         for name in some.names():
             found = parse(name, layout)
+            if is_ignorable(name, layout):
+                continue
             if found is None:
                 strange.append(name)
             elif found.side:
@@ -148,10 +151,11 @@ def _low_rank(
         raise ConversionError(f"{path} holds {name} without its other half; fetch the adapter again.")
     (files, a, found), (_, b, _) = sides["A"], sides["B"]
     for name in (a, b):
-        if len(files.shape(name)) != 2:
+        shape = files.shape(name)
+        if len(shape) != 2 or 0 in shape:
             raise ConversionError(
-                f"{path}: {name} has shape {list(files.shape(name))}, that of a convolution; only linear layers and "
-                "embeddings are merged."
+                f"{path}: {name} has shape {list(shape)} instead of two sizes. Convolutions are not merged; an empty "
+                "tensor was saved by DeepSpeed ZeRO-3 before its pieces were gathered, and holds nothing."
             )
     rank = _pattern(settings, "rank_pattern", found.module, settings.get("r"))
     if files.shape(a)[0] != rank or files.shape(b)[1] != rank:

@@ -5,19 +5,24 @@ from pathlib import Path
 
 from llava_jax.config import ConfigError, ModelConfig
 from llava_jax.convert import layouts, ours
+from llava_jax.convert.adapters import Adapter, is_adapter, open_adapter
 from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.merging import merge
 from llava_jax.convert.names import PROJECTOR
 from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles
 
 
 def open_model(path, *, vision_tower="") -> ModelSource:
-    """Opens a whole model, a CLIP tower, a decoder, or a file of projector weights. Reads headers only.
+    """Opens a whole model, a CLIP tower, a decoder, a LoRA adapter with its base, or a file of projector weights.
 
-    `vision_tower`: a CLIP directory for an original LLaVA that holds no tower and names none that is here.
-    A tower inside the checkpoint wins over it. Raises ConversionError.
+    Reads headers only. `vision_tower`: a CLIP directory for an original LLaVA that holds no tower and names none
+    that is here. A tower inside the checkpoint wins over it. Raises ConversionError.
     """
     path = _existing(path)
+    if is_adapter(path):
+        adapter = open_adapter(path)
+        return merge(_base_of(adapter, vision_tower), adapter, vision_tower=vision_tower)
     if ours.is_ours(path):
         return ours.open_ours(path)
     return layouts.read_layout(path, vision_tower).source()
@@ -57,6 +62,18 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> Mod
     if decoder:
         leaves |= decoder.leaves
     return ModelSource("parts", model, leaves, idle, decoder.tokenizer_path if decoder else "")
+
+
+def _base_of(adapter: Adapter, vision_tower) -> ModelSource:
+    """The model that an adapter's own files name: components beside it, or a directory that is here."""
+    if layouts.has_components(adapter.path):
+        return layouts.read_layout(adapter.path).source()
+    if adapter.base and Path(adapter.base).is_dir() and not is_adapter(Path(adapter.base)):
+        return open_model(adapter.base, vision_tower=vision_tower)
+    raise ConversionError(
+        f"{adapter.path} is a LoRA adapter, and its base {adapter.base!r} is no directory here; merge them with "
+        f"convert_weights.py merge-lora BASE {adapter.path} DST."
+    )
 
 
 def _existing(path) -> Path:
