@@ -1,5 +1,6 @@
 """What each foreign layout is made of: whole models, CLIP towers, decoders, projectors, component directories."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -97,11 +98,14 @@ def _llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> Readin
     matching = Matching(files, "llava")
     holds_tower = any(name.startswith(VISION) for name in matching.names())
     tower = tower_directory(path, fields, vision_tower)
+    lacks = ""
     if not holds_tower and tower is None:
-        raise ConversionError(
+        lacks = (
             f"{path} holds no CLIP tower, and mm_vision_tower={fields.get('mm_vision_tower')!r} in "
             "its config.json is no directory here; give one (--vision-tower=DIR)."
         )
+        if fields.get("mm_vision_tower") not in PUBLISHED_TOWERS and "vision_config" not in fields:
+            raise ConversionError(lacks)
     vision = _tower_config(fields, tower, where(path, fields))
     model = read_llava_config(fields, vision, where(path, fields))
     rows, tied = model_rows(model), model.text.tie_word_embeddings
@@ -109,10 +113,12 @@ def _llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> Readin
         idle_rows = idle_vision_rows(vision, model.num_vision_layers_run)
         parts = (Part(matching, rows, idle_rows, tied=tied),)
     else:
+        parts = (Part(matching, [row for row in rows if not row.leaf.startswith(VISION)], tied=tied),)
+    if not holds_tower and tower is not None:
         clip = read_clip(tower, TensorFiles(tower), config_fields(tower), model.num_vision_layers_run)
-        rows = [row for row in rows if not row.leaf.startswith(VISION)]
-        parts = (*clip.parts, Part(matching, rows, tied=tied))
-    return whole("llava", path, fields, model, parts, default_aspect_ratio="square")
+        parts = (*clip.parts, *parts)
+    reading = whole("llava", path, fields, model, parts, default_aspect_ratio="square")
+    return dataclasses.replace(reading, lacks=lacks)
 
 
 def _tinyllava(path: Path, files: TensorFiles, fields: dict) -> Reading:

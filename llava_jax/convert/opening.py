@@ -9,6 +9,7 @@ from llava_jax.convert.adapters import Adapter, is_adapter, open_adapter
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.merging import merge
 from llava_jax.convert.names import PROJECTOR
+from llava_jax.convert.reading import Reading
 from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles
 
@@ -26,6 +27,15 @@ def open_model(path, *, vision_tower="") -> ModelSource:
     if ours.is_ours(path):
         return ours.open_ours(path)
     return layouts.read_layout(path, vision_tower).source()
+
+
+def read_model(path, *, vision_tower="") -> Reading | Adapter | ModelSource:
+    """What `open_model` would open, before its tensors are checked. Raises ConversionError only for files and
+    config.json files that cannot be read."""
+    path = _existing(path)
+    if is_adapter(path):
+        return open_adapter(path)
+    return ours.open_ours(path) if ours.is_ours(path) else layouts.read_layout(path, vision_tower)
 
 
 def open_projector(path) -> ModelSource:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from llava_jax.config import ModelConfig, TextConfig, VisionConfig
+from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.matching import Matching
 from llava_jax.convert.names import HEAD, VOCABULARY, Row, canonical, is_ignorable, spell
 from llava_jax.convert.source import Leaf, ModelSource
@@ -81,7 +82,8 @@ class Part:
 class Reading:
     """A foreign model, or a part of one: its config and where its leaves will come from.
 
-    The fields are those of `ModelSource`, with `parts` in place of the leaves.
+    The fields are those of `ModelSource`, with `parts` in place of the leaves. `lacks` says what has to be given
+    before it can be read, and is empty where nothing has.
     """
 
     layout: str
@@ -90,9 +92,12 @@ class Reading:
     tokenizer_path: str = ""
     template: str = "v1"
     image_aspect_ratio: str = "pad"
+    lacks: str = ""
 
     def source(self) -> ModelSource:
         """The model, ready to be read; raises ConversionError if tensors do not fit."""
+        if self.lacks:
+            raise ConversionError(self.lacks)
         leaves, idle = {}, {}
         for part in self.parts:
             more_leaves, more_idle = part.read()
