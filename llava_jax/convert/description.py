@@ -58,7 +58,7 @@ class Description:
         counts = Counter()
         for array in [*self.arrays.values(), *self.set_aside.values()]:
             counts[array.dtype] += array.num_bytes
-        return dict(counts)
+        return {dtype: count for dtype, count in counts.items() if count}
 
     def as_json(self) -> dict:
         """All of it as plain JSON data, with the counts."""

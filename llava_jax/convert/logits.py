@@ -1,6 +1,7 @@
 """Runs two models on the same drawn picture and prompt, and says where their logits differ."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def compare_logits(first: ModelSource, second: ModelSource) -> LogitDifference:
             f"{_asked(first.config)} and {_asked(second.config)}."
         )
     prompt = _prompt(first)
-    a, b = (_logits(source, prompt) for source in (first, second))
+    a, b = (run_prompt(source, prompt) for source in (first, second))
     distances = np.abs(a - b)
     distances = np.where(np.isnan(distances), np.inf, distances)
     position, token = np.unravel_index(distances.argmax(), distances.shape)
@@ -105,7 +106,7 @@ def _prompt(source: ModelSource) -> np.ndarray:
     return np.insert(ids, 8, IMAGE_TOKEN)
 
 
-def _picture(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+def picture_of(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """The picture's tiles uint8[M, H, W, 3] and the features that its tokens show int32[n]."""
     side, grid = model.vision.image_size, model.image_grid_pinpoints
     if not grid:
@@ -120,22 +121,22 @@ def _picture(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     return make_tiles(Image.fromarray(drawn_picture(*size)), side, size, size), features
 
 
-def _logits(source: ModelSource, prompt: np.ndarray) -> np.ndarray:
-    """float32[T, V] of the prompt with its placeholder expanded."""
-    images, features = _picture(source.config)
+def run_prompt(source: ModelSource, prompt: np.ndarray) -> np.ndarray:
+    """Logits float32[T, V] of a prompt int32[P] whose only placeholder is the drawn picture, expanded to T."""
+    images, features = picture_of(source.config)
     (place,) = np.flatnonzero(prompt == IMAGE_TOKEN)
     tokens = np.insert(prompt, [place] * (len(features) - 1), IMAGE_TOKEN)
     feature_ids = np.zeros_like(tokens)
     feature_ids[tokens == IMAGE_TOKEN] = features
     graphdef, _ = abstract_model(source.config)
-
-    @jax.jit
-    def run(parameters):
-        model = bind(graphdef, parameters)
-        positions = jnp.arange(len(tokens))[None]
-        hidden = model(tokens[None], images[None], positions, jnp.ones_like(positions), feature_ids[None])
-        return model.language_model.logits(hidden)[0]
-
     parameters = {name: jnp.asarray(source.read(name), jnp.float32) for name in source.names()}
     with jax.default_matmul_precision("highest"):
-        return np.asarray(run(parameters))
+        return np.asarray(_run(graphdef, parameters, tokens, images, feature_ids))
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _run(graphdef, parameters, tokens, images, feature_ids):
+    model = bind(graphdef, parameters)
+    positions = jnp.arange(len(tokens))[None]
+    hidden = model(tokens[None], images[None], positions, jnp.ones_like(positions), feature_ids[None])
+    return model.language_model.logits(hidden)[0]
