@@ -38,12 +38,10 @@ def messages_of(turns, system=None) -> list[dict]:
 
 
 def rendered(name: str, turns, num_images: int, system=None) -> str:
-    return "".join(
-        span.text for span in render(turns, TEMPLATES[name], num_images=num_images, system=system)
-    )
+    return "".join(span.text for span in render(turns, TEMPLATES[name], num_images=num_images, system=system))
 
 
-WORDS = st.text(alphabet='ab "\\\n\'{}%\u00e9', min_size=1, max_size=12)
+WORDS = st.text(alphabet="ab \"\\\n'{}%\u00e9", min_size=1, max_size=12)
 
 
 @pytest.mark.parametrize("name", CHATS)

@@ -33,7 +33,10 @@ def adapter_layout(names: list[str]) -> str:
     names = [name.removeprefix(PREFIX) for name in names]
     if any("_vision_tower." in name or "_connector." in name for name in names):
         return "tinyllava"
-    if any(re.match(r"(model\.)?(language_model|multi_modal_projector)\.", name) for name in names):
+    if any(
+        re.match(r"(model\.)?(language_model|multi_modal_projector|vision_tower(?!\.vision_tower))\.", name)
+        for name in names
+    ):
         return "llava-hf"
     return "llava"
 
