@@ -1,5 +1,6 @@
 """LoRA adapters as PEFT writes them, merged against products in float64."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -352,3 +353,25 @@ def test_a_description_of_an_adapter_says_rank_scale_and_base(llava_hf, stored, 
         "notes": ["language_model: 1 tensors changed by LoRA, 0 replaced"],
     }
     assert "q_proj.weight: rank 4, scale 1.5\n" in found.as_text()
+
+
+def test_a_part_of_a_merged_leaf_is_that_part_of_the_whole(llava_hf, stored, tmp_path):
+    names = [LAYER.format(i) + "mlp.up_proj" for i in (0, 1)] + ["language_model.lm_head"]
+    tensors = factors(shapes_of(stored, *names), 4)
+    tensors[f"{PREFIX}multi_modal_projector.linear_1.weight"] = torch.randn(24, 16)
+    base = open_model(llava_hf)
+    parts = {
+        "language_model.layers.mlp.up_proj.kernel": (slice(1, 2), slice(3, 20), slice(5, None)),
+        "language_model.lm_head.kernel": (slice(2, 24), slice(7, 70)),
+        "multi_modal_projector.linear_1.kernel": (slice(None), slice(0, 9)),
+    }
+    leaves = {
+        name: dataclasses.replace(leaf, read=lambda index=(), leaf=leaf: leaf.read()[index])
+        for name, leaf in base.leaves.items()
+    }
+    adapter = open_adapter(save_adapter(tmp_path / "a", tensors))
+    merged = merge(dataclasses.replace(base, leaves=leaves), adapter)
+    for name, index in parts.items():
+        whole = merged.read(name)
+        assert not np.array_equal(whole, base.read(name))
+        np.testing.assert_allclose(merged.leaves[name].read(index), whole[index], rtol=1e-6, atol=1e-6)

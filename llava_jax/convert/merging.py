@@ -9,10 +9,10 @@ import numpy as np
 
 from llava_jax.config import ModelConfig, TextConfig
 from llava_jax.convert import layouts
-from llava_jax.convert.adapters import Adapter
+from llava_jax.convert.adapters import Adapter, LowRank
 from llava_jax.convert.errors import ConversionError, listing
 from llava_jax.convert.model_configs import read_llava_config
-from llava_jax.convert.names import VISION, VOCABULARY, Row, idle_vision_rows, model_rows
+from llava_jax.convert.names import TRANSPOSE, VISION, VOCABULARY, Row, idle_vision_rows, model_rows
 from llava_jax.convert.source import Leaf, ModelSource
 from llava_jax.convert.tensors import TensorFiles
 from llava_jax.convert.tokenizer_files import find_tokenizer
@@ -126,50 +126,70 @@ def _is_touched(row: Row, adapter: Adapter) -> bool:
     return any(name in adapter.low_rank or name in adapter.replaced for name in row.tensors)
 
 
-def _merged(leaf: Leaf | None, row: Row, adapter: Adapter) -> Leaf:
+def _merged(leaf: Leaf | None, row: Row, adapter: Adapter) -> Leaf | None:
     """`leaf` with the changes of its tensors; without any it is returned as it is."""
     if not _is_touched(row, adapter):
         return leaf
     if all(name in adapter.replaced and name not in adapter.low_rank for name in row.tensors):
-        dtype = np.result_type(*(files.dtype(name) for files, name in _replacing(row, adapter)))
+        dtypes = [files.dtype(name) for files, name in map(adapter.replaced.get, row.tensors)]
+        dtype = np.result_type(*dtypes)
     else:
         dtype = leaf.dtype
-    num_rows = row.tensor_shape[0]
 
-    def read() -> np.ndarray:
-        merged = np.empty(row.shape, dtype)
-        parts = merged if row.stacked else [merged]
-        whole = None if leaf is None else leaf.read()
-        old = [None] * len(parts) if whole is None else (whole if row.stacked else [whole])
-        for name, part, old_part in zip(row.tensors, parts, old, strict=True):
-            tensor = None if old_part is None else row.to_theirs(old_part)
-            part[...] = row.to_ours(_change(name, tensor, slice(0, num_rows), dtype, adapter))
+    def read(index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The part that `index` selects, a slice for each axis; () is the whole."""
+        old = None if leaf is None else leaf.read(*([index] if index else []))
+        index = index or tuple(slice(0, size) for size in row.shape)
+        merged = np.empty(
+            [len(range(*part.indices(n))) for part, n in zip(index, row.shape, strict=True)], dtype
+        )
+        names, within = (row.tensors[index[0]], index[1:]) if row.stacked else (row.tensors, index)
+        layers = merged if row.stacked else [merged]
+        old_layers = [None] * len(names) if old is None else (old if row.stacked else [old])
+        for name, layer, old_layer in zip(names, layers, old_layers, strict=True):
+            layer[...] = _change(name, row, old_layer, within, dtype, adapter)
         return merged
 
-    return Leaf(row.shape, np.dtype(dtype), read)
+    return Leaf(row.shape, dtype, read) if leaf is None else dataclasses.replace(leaf, dtype=dtype, read=read)
 
 
-def _replacing(row: Row, adapter: Adapter) -> list[tuple[TensorFiles, str]]:
-    return [adapter.replaced[name] for name in row.tensors]
+def _change(name: str, row: Row, old, index: tuple[slice, ...], dtype, adapter: Adapter) -> np.ndarray:
+    """A part of one layer in our orientation: the base's part `old`, merged and rounded."""
+    if name in adapter.replaced:
+        files, theirs = adapter.replaced[name]
+        old = row.to_ours(files.read(theirs, 0, row.tensor_shape[0]))[index]
+    if name in adapter.low_rank:
+        change = adapter.low_rank[name]
+        left, right = _factors(change)
+        if row.how == TRANSPOSE:
+            left, right = right.T, left.T
+        rows, columns = index
+        old = old.astype(np.float32) + np.float32(change.scale) * (left[rows] @ right[:, columns])
+    return _round(old, dtype, name, adapter.path)
 
 
 def _merged_rows(leaf: Leaf, name: str, begin: int, adapter: Adapter) -> Leaf:
     """The token rows above ours, from `begin` on, with their part of the changes."""
-    rows = slice(begin, begin + leaf.shape[0])
-    return Leaf(leaf.shape, leaf.dtype, lambda: _change(name, leaf.read(), rows, leaf.dtype, adapter))
+    end = begin + leaf.shape[0]
+
+    def read() -> np.ndarray:
+        old = leaf.read()
+        if name in adapter.replaced:
+            files, theirs = adapter.replaced[name]
+            old = files.read(theirs, begin, end)
+        if name in adapter.low_rank:
+            change = adapter.low_rank[name]
+            left, right = _factors(change)
+            old = old.astype(np.float32) + np.float32(change.scale) * (left[begin:end] @ right)
+        return _round(old, leaf.dtype, name, adapter.path)
+
+    return dataclasses.replace(leaf, read=read)
 
 
-def _change(name: str, tensor: np.ndarray | None, rows: slice, dtype, adapter: Adapter) -> np.ndarray:
-    """Rows of one tensor as Hugging Face stores it, merged; `tensor` holds the base's rows."""
-    if name in adapter.replaced:
-        files, theirs = adapter.replaced[name]
-        tensor = files.read(theirs, rows.start, rows.stop)
-    if name not in adapter.low_rank:
-        return _round(tensor, dtype, name, adapter.path)
-    change = adapter.low_rank[name]
-    a, b = (change.files.read(factor).astype(np.float32) for factor in (change.a, change.b))
-    delta = a.T[rows] @ b.T if change.transposed else b[rows] @ a
-    return _round(tensor.astype(np.float32) + np.float32(change.scale) * delta, dtype, name, adapter.path)
+def _factors(change: LowRank) -> tuple[np.ndarray, np.ndarray]:
+    """What a change is the product of, as Hugging Face stores tensors: left [n, r], right [r, m]."""
+    a, b = (change.files.read(name).astype(np.float32) for name in (change.a, change.b))
+    return (a.T, b.T) if change.transposed else (b, a)
 
 
 def _round(tensor: np.ndarray, dtype, name: str, path: Path) -> np.ndarray:
