@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, Qwen2ForCausalLM
 
+from llava_jax.config import ModelConfig
 from llava_jax.convert.adapters import open_adapter
 from llava_jax.convert.description import describe
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.logits import compare_logits, drawn_picture, run_prompt
-from llava_jax.convert.opening import open_model, open_projector, read_model
+from llava_jax.convert.opening import open_model, open_parts, open_projector, read_model
 from llava_jax.convert.ours import write_model
 from llava_jax.models.clip import normalize
 from tests.tiny_models import (
@@ -46,8 +47,13 @@ def llava_hf(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(llava_hf) -> np.ndarray:
+    return logits_of(
+        LlavaForConditionalGeneration.from_pretrained(llava_hf, attn_implementation="eager").eval()
+    )
+
+
+def logits_of(model: LlavaForConditionalGeneration) -> np.ndarray:
     """transformers' logits of the prompt, float32[T, 90]."""
-    model = LlavaForConditionalGeneration.from_pretrained(llava_hf, attn_implementation="eager").eval()
     ids = np.insert(np.where(PROMPT == -200, 90, PROMPT), [2] * 15, 90)
     pixels = np.array(normalize(drawn_picture(28, 28)[None]))
     with torch.no_grad():
@@ -168,6 +174,31 @@ def test_every_layout_has_the_logits_of_transformers(layout, llava_hf, expected,
     assert source.layout == name
     logits = run_prompt(source, PROMPT)[:, :90]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("decoder", ["gqa", "tied", "qwen2"])
+def test_assembled_parts_have_the_logits_of_transformers(decoder, tmp_path):
+    """CLIP, a decoder and a projector, each saved alone by transformers' names."""
+    whole = save_llava(tmp_path / "whole", decoder)
+    model = LlavaForConditionalGeneration.from_pretrained(whole, attn_implementation="eager").eval()
+    save_clip(tmp_path / "clip", whole)
+    config = model.config.text_config
+    llm = (Qwen2ForCausalLM if decoder == "qwen2" else LlamaForCausalLM)(config)
+    llm.model.load_state_dict(model.model.language_model.state_dict())
+    llm.lm_head.load_state_dict(model.lm_head.state_dict())
+    llm.save_pretrained(tmp_path / "llm")
+    projector = {
+        f"model.mm_projector.{2 * i - 2}.{kind}": model.get_parameter(
+            f"model.multi_modal_projector.linear_{i}.{kind}"
+        ).detach()
+        for i in (1, 2)
+        for kind in ("weight", "bias")
+    }
+    save_file(projector, tmp_path / "mm_projector.safetensors")
+    parts = open_parts(ModelConfig(), vision_tower=tmp_path / "clip", language_model=tmp_path / "llm")
+    source = parts.with_leaves(open_projector(tmp_path / "mm_projector.safetensors").leaves)
+    found = run_prompt(source, PROMPT)[:, :90]
+    np.testing.assert_allclose(found, logits_of(model), rtol=0, atol=1e-5 * np.abs(found).max())
 
 
 @pytest.fixture(scope="module")

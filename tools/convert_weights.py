@@ -146,6 +146,8 @@ def from_hf(arguments, parser) -> None:
         parser.error("give SRC, which has a decoder, or --language-model, not both")
     if not source and not (arguments.vision_tower and arguments.language_model):
         parser.error("without SRC both --vision-tower and --language-model are needed")
+    if arguments.template:
+        check_template(arguments.template, parser)
     if source:
         print(f"Reading {source[0]}", flush=True)
         model = open_source(source[0], arguments.vision_tower)
@@ -155,17 +157,16 @@ def from_hf(arguments, parser) -> None:
     from llava_jax.convert.ours import write_model
 
     if arguments.template:
-        model = dataclasses.replace(model, template=known_template(arguments.template, parser))
+        model = dataclasses.replace(model, template=arguments.template)
     write_model(destination, model)
     print(f"Wrote {destination} (from {model.layout}, {len(model.names())} arrays)")
 
 
-def known_template(name: str, parser) -> str:
+def check_template(name: str, parser) -> None:
     from llava_jax.data.templates import TEMPLATES
 
     if name not in TEMPLATES:
         parser.error(f"--template={name} is not known; choose one of {', '.join(TEMPLATES)}")
-    return name
 
 
 def assemble(vision_tower: str, language_model: str, seed: int):
