@@ -106,7 +106,7 @@ def test_ranks_and_scales_follow_the_patterns(llava_hf, stored, tmp_path):
     )
     settings = {
         "rank_pattern": {"v_proj": 3, "layers.1.mlp.up_proj": 2},
-        "alpha_pattern": {"self_attn.v_proj": 12, "v_proj": 99, "proj": 99, "(q|up)_proj": 7},
+        "alpha_pattern": {"mlp": 99, "self_attn.v_proj": 12, "v_proj": 99, "proj": 99, "(q|up)_proj": 7},
     }
     for rslora, scales in (
         (False, {q: 7 / 4, v: 4.0, up: 7 / 2}),

@@ -41,19 +41,19 @@ def rendered(name: str, turns, num_images: int, system=None) -> str:
     return "".join(span.text for span in render(turns, TEMPLATES[name], num_images=num_images, system=system))
 
 
-WORDS = st.text(alphabet="ab \"\\\n'{}%\u00e9", min_size=1, max_size=12)
+WORDS = st.text(alphabet="ab \"\\\n'{}%\u00e9", max_size=12)
 
 
 @pytest.mark.parametrize("name", CHATS)
 @settings(max_examples=30, deadline=None)
 @given(
-    texts=st.lists(WORDS, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0),
+    first=WORDS.filter(bool),  # a template that puts the system's text there needs a question
+    others=st.lists(WORDS, min_size=1, max_size=5).filter(lambda texts: len(texts) % 2),
     image=st.booleans(),
     system=st.none() | st.just("Be short."),
 )
-def test_a_chat_is_written_as_in_training(name, texts, image, system):
-    if image:
-        texts = [texts[0] + " <image>", *texts[1:]]
+def test_a_chat_is_written_as_in_training(name, first, others, image, system):
+    texts = [first + " <image>" * image, *others]
     turns = [("gpt" if i % 2 else "human", text) for i, text in enumerate(texts)]
     assert write(name, messages_of(turns, system)) == rendered(name, turns, int(image), system)
 

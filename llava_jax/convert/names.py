@@ -255,9 +255,8 @@ def is_ignorable(name: str, layout: str) -> bool:
 
 def canonical(name: str, layout: str) -> str | None:
     """A tensor's canonical name, or None where the layout knows no such prefix."""
-    name = name.replace(
-        ".base_layer.", "."
-    )  # so PEFT calls a layer's own weights, and so TinyLLaVA saves them
+    # PEFT calls the weights that it wraps a layer's base, and TinyLLaVA's LoRA runs save them by that name.
+    name = name.replace(".base_layer.", ".")
     if layout == "llava-hf":
         name = name.removeprefix("model.")
     if layout == "projector":  # whatever wraps the model whose projector was saved
