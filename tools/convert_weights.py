@@ -225,7 +225,7 @@ def merge_lora(arguments, parser) -> None:
     print(f"Reading {arguments.base} and {arguments.adapter}", flush=True)
     adapter = open_adapter(arguments.adapter)
     base = open_source(arguments.base, arguments.vision_tower)
-    if os.path.samefile(arguments.base, arguments.adapter):
+    if Path(arguments.base).resolve() == Path(arguments.adapter).resolve():
         model = base  # components with their adapter beside them, which are opened merged
     else:
         model = merge(base, adapter, vision_tower=arguments.vision_tower)
