@@ -223,7 +223,7 @@ def test_components_keep_what_their_config_says(plain, tmp_path):
     assert source.tokenizer_path == str(directory)
     assert len([name for name in source.set_aside() if "layers.3" in name]) == 16
     (directory / "connector/model.safetensors").unlink()
-    with pytest.raises(ConversionError, match="connector holds no safetensors"):
+    with pytest.raises(ConversionError, match=r"connector holds no .*safetensors"):
         open_model(directory)
 
 
