@@ -108,7 +108,7 @@ def _export(weights: ModelSource, config: Config, directory: Path) -> None:
         directory,
         layout=config.export.layout,
         model=weights.config,
-        read=weights.read,
+        read=weights.leaves.__getitem__,
         set_aside=weights.set_aside(),
         tokenizer_path=weights.tokenizer_path,
         template=config.data.template,

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    CLIPVisionConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 
 from llava_jax.config import (
     Config,
@@ -22,6 +27,7 @@ from llava_jax.config import (
 )
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.export import check_layout
+from llava_jax.convert.hf_processor import write_processor
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.ours import write_model
 from llava_jax.convert.source import ModelSource
@@ -31,6 +37,7 @@ from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.generation import Generator, continue_prompts, expand_prompt, left_pad
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llava
+from llava_jax.models.clip import normalize
 from llava_jax.models.llava import IMAGE_TOKEN, insert_image_features
 from llava_jax.optimizer import is_decayed, is_trainable, make_optimizer
 from llava_jax.sharding import make_mesh, parameter_sharding
@@ -232,9 +239,43 @@ def test_our_directories_keep_tiles(source, tmp_path):
     assert_same_leaves(written, source)
 
 
-def test_llava_hf_directories_cannot_hold_tiles(source):
-    with pytest.raises(ConversionError, match=r"which has no tiles.*choose the layout llava"):
-        check_layout(source.config, "llava-hf")
+def test_llava_hf_directories_keep_tiles_as_a_next_model(hf, source, tmp_path):
+    written = open_model(export(source, tmp_path / "next", "llava-hf"))
+    assert (written.config, written.image_aspect_ratio) == (source.config, "anyres")
+    assert_same_leaves(written, source)
+    loaded, problems = LlavaNextForConditionalGeneration.from_pretrained(
+        tmp_path / "next", output_loading_info=True
+    )
+    assert not any(problems.values())
+    expected = hf.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.config.image_grid_pinpoints == GRID
+
+
+def test_llava_hf_directories_hold_no_other_tiles(source):
+    for change in (
+        {"patch_merge_type": "spatial"},
+        {"patch_merge_type": "flat"},
+        {"image_grid_pinpoints": ()},
+        {"select_feature": "cls_patch"},
+    ):
+        with pytest.raises(ConversionError, match="choose the layout llava"):
+            check_layout(dataclasses.replace(source.config, **change), "llava-hf")
+
+
+def test_the_exported_image_processor_makes_the_tiles_of_training(source, pictures, tmp_path):
+    write_processor(
+        tmp_path, source.config, template="v1", image_aspect_ratio="anyres", image_in_prompt="<image>\n"
+    )
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)
+    ours = ImageProcessor(source.config, aspect_ratio="anyres")
+    for path in pictures:
+        expected = np.asarray(normalize(jnp.asarray(ours.read(path))))
+        with Image.open(path) as image:
+            found = theirs(image, return_tensors="np")["pixel_values"][0].transpose(0, 2, 3, 1)
+        assert found.shape == expected.shape
+        worst = np.abs(found - expected).max() * 255 * 0.27  # in levels of a pixel
+        assert worst < 2.5, path
 
 
 def test_a_model_without_tiles_may_go_on_with_them_but_not_the_reverse(source, tmp_path):

@@ -6,12 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from llava_jax.config import VisionConfig
 from llava_jax.convert.opening import open_model
-from tests.tiny_models import DECODERS, ROOT, VISION, randomized, save_clip, save_llava
+from tests.tiny_models import DECODERS, ROOT, VISION, copy_with, randomized, save_clip, save_llava
 from tools.convert_weights import byte_count, main
 
 
@@ -107,6 +108,89 @@ def test_inspect_reads_no_weights(llava_hf, capsys, monkeypatch):
     assert f"language_model: {decoder - 9 * 24 * 2:,} parameters\n" in out  # 9 token rows are set aside
 
 
+def test_inspect_reports_what_is_missing(llava_hf, tmp_path, capsys):
+    def without_bias(tensors):
+        del tensors["multi_modal_projector.linear_2.bias"]
+        return tensors
+
+    damaged = copy_with(llava_hf, tmp_path / "damaged", without_bias)
+    assert run("inspect", damaged) == 0
+    out = capsys.readouterr().out
+    assert "multi_modal_projector.linear_2.bias                   missing   [24]\n" in out
+    assert out.endswith("\nmissing: multi_modal_projector.linear_2.bias\n")
+    assert run("inspect", damaged, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing"] == ["multi_modal_projector.linear_2.bias"]
+    assert found["arrays"]["language_model.norm.scale"] == {
+        "dtype": "float32",
+        "shape": [24],
+        "num_bytes": 96,
+    }
+    assert found["num_parameters"]["multi_modal_projector"] == 16 * 24 + 24 + 24 * 24 + 24
+
+
+def test_inspect_takes_components_of_every_kind(llava_hf, tmp_path, capsys):
+    save_clip(tmp_path / "clip", llava_hf)
+    randomized(LlamaForCausalLM(DECODERS["gqa"])).save_pretrained(tmp_path / "llm")
+    assert run("to-hf", llava_hf, tmp_path / "p.safetensors", "--only=projector") == 0
+    capsys.readouterr()
+    for name, layout in (("clip", "clip"), ("llm", "llama"), ("p.safetensors", "projector")):
+        assert run("inspect", tmp_path / name) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"layout: {layout}\n") and "template" not in out and "total: " in out
+
+
+def test_an_adapter_is_inspected_and_merged(llava_hf, tmp_path, capsys):
+    name = "base_model.model.language_model.model.layers.1.self_attn.q_proj"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, 24), f"{name}.lora_B.weight": torch.ones(40, 2)}
+    (tmp_path / "lora").mkdir()
+    save_file(factors, tmp_path / "lora/adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "base_model_name_or_path": "the/base"}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(settings))
+    assert run("inspect", tmp_path / "lora") == 0
+    assert "layers.1.self_attn.q_proj.weight: rank 2, scale 1.5\n" in capsys.readouterr().out
+    assert run("merge-lora", llava_hf, tmp_path / "lora", tmp_path / "ours") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"Reading {llava_hf} and {tmp_path / 'lora'}",
+        "language_model: 1 tensors changed by LoRA, 0 replaced",
+        f"Wrote {tmp_path / 'ours'} (from llava-hf and LoRA, 37 arrays)",
+    ]
+    how = ("--layout=llava-hf", "--max-shard-size=40KB")
+    assert run("merge-lora", llava_hf, tmp_path / "lora", tmp_path / "hf", *how) == 0
+    assert run("verify", tmp_path / "ours", tmp_path / "hf") == 0
+    capsys.readouterr()
+    assert run("verify", llava_hf, tmp_path / "hf") == 1
+    out = capsys.readouterr().out
+    assert out.count("DIFFERENT") == 1
+    assert "self_attn.q_proj.kernel: max difference 3 at [1, " in out  # 1.5 * 2 ones
+    assert run("inspect", tmp_path / "ours") == 0
+    assert run("from-hf", tmp_path / "lora", tmp_path / "x") == 12
+    assert "merge-lora BASE" in capsys.readouterr().err
+
+
+def test_verify_compares_logits(llava_hf, tmp_path, capsys):
+    assert run("to-hf", llava_hf, tmp_path / "half", "--dtype=bfloat16") == 0
+    assert run("to-hf", llava_hf, tmp_path / "llava", "--layout=llava") == 0
+    capsys.readouterr()
+    assert run("verify", llava_hf, tmp_path / "llava", "--logits") == 0
+    assert "equal     logits: max difference 0 at position" in capsys.readouterr().out
+    assert run("verify", llava_hf, tmp_path / "half", "--logits") == 1
+    assert "DIFFERENT logits: max difference " in capsys.readouterr().out
+
+
+def test_a_projector_is_exported_alone(llava_hf, tmp_path, capsys):
+    assert run("to-hf", llava_hf, tmp_path / "mm_projector.bin", "--only=projector", "--dtype=float16") == 0
+    assert f"Wrote {tmp_path / 'mm_projector.bin'} (projector)" in capsys.readouterr().out
+    tensors = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    assert tensors["model.mm_projector.0.weight"].shape == (24, 16)
+    assert tensors["model.mm_projector.0.weight"].dtype == torch.float16
+
+
+def test_a_template_can_be_named(llava_hf, tmp_path):
+    assert run("from-hf", llava_hf, tmp_path / "ours", "--template=mistral_instruct") == 0
+    assert open_model(tmp_path / "ours").template == "mistral_instruct"
+
+
 def test_bad_models_end_with_12_and_one_paragraph(llava_hf, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()
@@ -120,7 +204,13 @@ def test_bad_models_end_with_12_and_one_paragraph(llava_hf, tmp_path, capsys):
     capsys.readouterr()
     for arguments, message in (
         (("inspect", tmp_path / "nowhere"), "nowhere does not exist"),
-        (("inspect", broken), "multi_modal_projector.linear_2.bias"),
+        (("from-hf", broken, tmp_path / "x"), "multi_modal_projector.linear_2.bias"),
+        (("merge-lora", llava_hf, broken, tmp_path / "x"), "no adapter_config.json"),
+        (
+            ("to-hf", tmp_path / "clip", tmp_path / "x.bin", "--only=projector"),
+            "layout clip has no projector",
+        ),
+        (("verify", llava_hf, tmp_path / "clip", "--logits"), "layout clip"),
         (("from-hf", llava_hf, tmp_path / "full"), "not an empty directory"),
         (("from-hf", tmp_path / "clip", tmp_path / "x"), "layout clip"),
         (("to-hf", tmp_path / "clip", tmp_path / "x"), "layout clip"),
@@ -141,6 +231,9 @@ def test_bad_models_end_with_12_and_one_paragraph(llava_hf, tmp_path, capsys):
         (["from-hf", "a", "b", "--language-model=c"], "not both"),
         (["to-hf", "a", "b", "--layout=onnx"], "onnx"),
         (["to-hf", "a", "b", "--max-shard-size=big"], "write for example 5GB"),
+        (["to-hf", "a", "b", "--only=projector", "--layout=llava-hf"], "the layout llava-hf has none"),
+        (["from-hf", "a", "b", "--template=v9"], "--template=v9 is not known; choose one of v1, "),
+        (["merge-lora", "a", "b", "c", "--dtype=float16"], "keeps the base's"),
         (["verify", "a"], "required"),
         (["convert", "a"], "convert"),
     ],

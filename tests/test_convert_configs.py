@@ -17,7 +17,7 @@ from llava_jax.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.convert.component_configs import read_text_config, read_vision_config
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.export import write_hf
-from llava_jax.convert.model_configs import read_llava_config, read_llava_hf_config
+from llava_jax.convert.model_configs import read_llava_config, read_llava_hf_config, read_tinyllava_config
 from llava_jax.convert.opening import open_model
 from tests.tiny_models import SIZES, VISION, as_original, random_source, save_clip, save_llava
 
@@ -88,6 +88,58 @@ def test_the_published_original_config_is_read():
             num_key_value_heads=40,
         )
     )
+
+
+def test_published_decoders_are_read():
+    tiny = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 2048,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-05,
+        "vocab_size": 32000,
+    }
+    assert read_text_config(tiny, "config.json") == TextConfig(
+        32000, 2048, 5632, 22, 32, 4, 64, 2048, rms_norm_eps=1e-5
+    )
+    mistral = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "vocab_size": 32000,
+    }
+    assert read_text_config(mistral, "config.json") == TextConfig(
+        32000, 4096, 14336, 32, 32, 8, 128, 32768, 1e-5, 1000000.0
+    )
+
+
+def test_a_tinyllava_config_is_read():
+    fields = {
+        "model_type": "tinyllava",
+        "connector_type": "mlp2x_gelu",
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "cls_patch",
+        "num_queries": 128,
+    }
+    model = read_tinyllava_config(fields, SIZES, {"model_type": "clip_vision_model"} | VISION, "config.json")
+    assert model == ModelConfig(
+        vision=VisionConfig(**VISION),
+        text=TextConfig(99, 24, 28, 2, 4, 2, 6, 2048, 1e-6),
+        select_feature="cls_patch",
+    )
+    with pytest.raises(ConversionError, match="siglip_vision_model"):
+        read_tinyllava_config(fields, SIZES, {"model_type": "siglip_vision_model"}, "config.json")
 
 
 @pytest.mark.parametrize(

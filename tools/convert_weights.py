@@ -1,14 +1,18 @@
 """Converts LLaVA weights between Hugging Face, the original LLaVA and llava_jax.
 
-from-hf SRC DST                                      import a llava-hf or original LLaVA directory
+from-hf SRC DST                                      import a model of any layout
 from-hf --vision-tower=CLIP --language-model=LLM DST put a model together, with a new projector
 to-hf SRC DST --layout=llava-hf|llava                export
-verify A B                                           compare two models, of any layout, tensor by tensor
-inspect PATH                                         say what a directory holds
+to-hf SRC DST --only=projector                       export the projector alone
+merge-lora BASE ADAPTER DST                          merge a PEFT LoRA adapter into its base
+verify A B [--logits]                                compare two models, of any layout, tensor by tensor
+inspect PATH [--json]                                say what a directory or file holds
 """
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import os
 import re
 import sys
@@ -42,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         "--language-model", default="", metavar="DIR", help="a Llama-like directory, without SRC"
     )
     command.add_argument("--seed", type=int, default=0, help="of the new projector, without SRC")
+    command.add_argument(
+        "--template", default="", metavar="NAME", help="conversation template (default: as in SRC, else v1)"
+    )
     command.set_defaults(run=from_hf)
 
     command = commands.add_parser("to-hf", help="write a directory that other software loads")
@@ -50,12 +57,27 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if SRC holds none"
     )
-    command.add_argument("--layout", choices=("llava-hf", "llava"), default="llava-hf")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in SRC")
+    command.add_argument("--layout", choices=("llava-hf", "llava"), help="default: llava-hf")
     command.add_argument(
-        "--max-shard-size", type=byte_count, default="5GB", metavar="SIZE", help="default: 5GB"
+        "--only",
+        choices=("projector",),
+        help="DST is then a .safetensors or .bin file, or a directory that the original loads beside a base",
     )
+    add_export_arguments(command)
     command.set_defaults(run=to_hf)
+
+    command = commands.add_parser("merge-lora", help="write the model that an adapter makes of its base")
+    command.add_argument("base", metavar="BASE", help="the model, or the decoder alone, that was trained on")
+    command.add_argument("adapter", metavar="ADAPTER", help="a directory with adapter_config.json")
+    command.add_argument("destination", metavar="DST")
+    command.add_argument(
+        "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if BASE holds none"
+    )
+    command.add_argument(
+        "--layout", choices=("llava_jax", "llava-hf", "llava"), default="llava_jax", help="default: llava_jax"
+    )
+    add_export_arguments(command)
+    command.set_defaults(run=merge_lora)
 
     command = commands.add_parser("verify", help="exit with 1 if two models differ")
     command.add_argument("first", metavar="A")
@@ -63,10 +85,16 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if one holds none"
     )
+    command.add_argument(
+        "--logits",
+        action="store_true",
+        help="run both in float32 on a drawn picture instead; 4 bytes of memory per parameter",
+    )
     command.set_defaults(run=verify)
 
-    command = commands.add_parser("inspect", help="layout, shapes, parameter counts")
+    command = commands.add_parser("inspect", help="layout, shapes, sizes, what is missing; reads no weights")
     command.add_argument("path", metavar="PATH")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument(
         "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if PATH holds none"
     )
@@ -89,6 +117,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("convert_weights.py: interrupted; what was written so far is removed.", file=sys.stderr)
         return INTERRUPTED
+
+
+def add_export_arguments(command) -> None:
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in SRC")
+    command.add_argument(
+        "--max-shard-size", type=byte_count, default="5GB", metavar="SIZE", help="default: 5GB"
+    )
 
 
 def byte_count(text: str) -> int:
@@ -123,6 +158,8 @@ def from_hf(arguments, parser) -> None:
         parser.error("give SRC, which has a decoder, or --language-model, not both")
     if not source and not (arguments.vision_tower and arguments.language_model):
         parser.error("without SRC both --vision-tower and --language-model are needed")
+    if arguments.template:
+        check_template(arguments.template, parser)
     if source:
         print(f"Reading {source[0]}", flush=True)
         model = open_source(source[0], arguments.vision_tower)
@@ -131,9 +168,18 @@ def from_hf(arguments, parser) -> None:
         model = assemble(arguments.vision_tower, arguments.language_model, arguments.seed)
     from llava_jax.convert.ours import write_model
 
+    if arguments.template:
+        model = dataclasses.replace(model, template=arguments.template)
     with progress_line(model) as progress:
         write_model(destination, model, progress=progress)
     print(f"Wrote {destination} (from {model.layout}, {len(model.names())} arrays)")
+
+
+def check_template(name: str, parser) -> None:
+    from llava_jax.data.templates import TEMPLATES
+
+    if name not in TEMPLATES:
+        parser.error(f"--template={name} is not known; choose one of {', '.join(TEMPLATES)}")
 
 
 def assemble(vision_tower: str, language_model: str, seed: int):
@@ -146,21 +192,32 @@ def assemble(vision_tower: str, language_model: str, seed: int):
 
 
 def to_hf(arguments, parser) -> None:
-    from llava_jax.config import ModelConfig
-    from llava_jax.convert.errors import ConversionError
-
+    if arguments.only and arguments.layout == "llava-hf":
+        parser.error("--only=projector writes the original's files, the layout llava-hf has none for it")
     print(f"Reading {arguments.source}", flush=True)
     model = open_source(arguments.source, arguments.vision_tower)
+    if arguments.only:
+        from llava_jax.convert.projector_file import write_projector
+
+        write_projector(arguments.destination, model, dtype=arguments.dtype)
+        print(f"Wrote {arguments.destination} (projector)")
+        return
+    export(arguments, model, arguments.layout or "llava-hf")
+
+
+def export(arguments, model, layout: str) -> None:
+    from llava_jax.config import ModelConfig
+    from llava_jax.convert.errors import ConversionError
+    from llava_jax.convert.export import write_hf
+
     if not isinstance(model.config, ModelConfig):
         raise ConversionError(
             f"{arguments.source} is only a component (layout {model.layout}), no whole LLaVA."
         )
-    from llava_jax.convert.export import write_hf
-
     with progress_line(model) as progress:
         write_hf(
             arguments.destination,
-            layout=arguments.layout,
+            layout=layout,
             model=model.config,
             read=model.leaves.__getitem__,
             set_aside=model.set_aside(),
@@ -171,17 +228,45 @@ def to_hf(arguments, parser) -> None:
             max_shard_size=arguments.max_shard_size,
             progress=progress,
         )
-    print(f"Wrote {arguments.destination} ({arguments.layout})")
+    print(f"Wrote {arguments.destination} ({layout})")
+
+
+def merge_lora(arguments, parser) -> None:
+    if arguments.dtype and arguments.layout == "llava_jax":
+        parser.error("--dtype is for the layouts llava-hf and llava; a llava_jax directory keeps the base's")
+    from llava_jax.convert.adapters import open_adapter
+    from llava_jax.convert.merging import describe_changes, merge
+
+    print(f"Reading {arguments.base} and {arguments.adapter}", flush=True)
+    adapter = open_adapter(arguments.adapter)
+    base = open_source(arguments.base, arguments.vision_tower)
+    if Path(arguments.base).resolve() == Path(arguments.adapter).resolve():
+        model = base  # components with their adapter beside them, which are opened merged
+    else:
+        model = merge(base, adapter, vision_tower=arguments.vision_tower)
+    print("\n".join(describe_changes(adapter)), flush=True)
+    if arguments.layout != "llava_jax":
+        export(arguments, model, arguments.layout)
+        return
+    from llava_jax.convert.ours import write_model
+
+    with progress_line(model) as progress:
+        write_model(arguments.destination, model, progress=progress)
+    print(f"Wrote {arguments.destination} (from {base.layout} and LoRA, {len(model.names())} arrays)")
 
 
 def verify(arguments, parser) -> int:
-    from llava_jax.convert.comparison import compare
-
     print(f"Comparing {arguments.first} and {arguments.second}", flush=True)
     sources = [open_source(path, arguments.vision_tower) for path in (arguments.first, arguments.second)]
+    return verify_logits(*sources) if arguments.logits else verify_tensors(*sources)
+
+
+def verify_tensors(first, second) -> int:
+    from llava_jax.convert.comparison import compare
+
     count = different = 0
-    with progress_line(sources[0]) as progress:
-        for difference in compare(*sources, progress=progress):
+    with progress_line(first) as progress:
+        for difference in compare(first, second, progress=progress):
             count += 1
             different += not difference.equal
             verdict = "equal    " if difference.equal else "DIFFERENT"
@@ -191,10 +276,29 @@ def verify(arguments, parser) -> int:
     return 1 if different else 0
 
 
+def verify_logits(first, second) -> int:
+    from llava_jax.convert.logits import compare_logits
+
+    difference = compare_logits(first, second)
+    print(f"{'equal    ' if difference.equal else 'DIFFERENT'} logits: {difference}")
+    return 0 if difference.equal else 1
+
+
 def inspect(arguments, parser) -> None:
     from llava_jax.convert.description import describe
 
-    print(describe(open_source(arguments.path, arguments.vision_tower)))
+    description = describe(open_unchecked(arguments.path, arguments.vision_tower))
+    print(json.dumps(description.as_json()) if arguments.json else description.as_text())
+
+
+def open_unchecked(path: str, vision_tower: str):
+    """What `inspect` looks at: of foreign files only the headers, whether they fit together or not."""
+    from llava_jax.convert.layouts import config_fields
+    from llava_jax.convert.opening import read_model
+
+    if "format" in config_fields(Path(path)):  # a directory of our own, perhaps of a run
+        return open_source(path, vision_tower)
+    return read_model(path, vision_tower=vision_tower)
 
 
 if __name__ == "__main__":

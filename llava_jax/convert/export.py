@@ -20,8 +20,8 @@ from llava_jax.convert.model_configs import (
 from llava_jax.convert.names import VOCABULARY, Row, idle_vision_rows, model_rows, spell
 from llava_jax.convert.new_directory import new_directory
 from llava_jax.convert.progress import Progress, silent
+from llava_jax.convert.shard_writer import ShardWriter
 from llava_jax.convert.source import Leaf, read_ahead
-from llava_jax.convert.tensors import ShardWriter
 from llava_jax.convert.tokenizer_files import copy_tokenizer
 from llava_jax.convert.transposing import contiguous
 

@@ -7,41 +7,17 @@ import tempfile
 from pathlib import Path
 
 from llava_jax.config import ModelConfig
+from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.json_files import read_json
 from llava_jax.convert.model_configs import SpecialTokens
-from llava_jax.convert.tensors import read_json
 from llava_jax.convert.tokenizer_files import copy_tokenizer, is_legacy
+from llava_jax.data.templates import TEMPLATES
 
 IMAGE, PAD = "<image>", "<pad>"
 
 _MEAN = [0.48145466, 0.4578275, 0.40821073]
 _STD = [0.26862954, 0.26130258, 0.27577711]
-
-_TURNS = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}{{ 'USER: ' }}{%- endif -%}
-{%- if message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' }}{%- endif -%}
-{%- if message['role'] != 'system' -%}
-{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{ IMAGE }}{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}
-{%- endif -%}
-{{ ' ' if message['role'] == 'user' else eos_token }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
-"""
-_SYSTEM = """\
-{%- set first = messages[0] if messages and messages[0]['role'] == 'system' else none -%}
-{%- if first is none -%}{{ SYSTEM }}{%- elif first['content'] is string -%}{{ first['content'] + ' ' }}\
-{%- else -%}{%- for part in first['content'] -%}{{ part['text'] + ' ' }}{%- endfor -%}{%- endif -%}
-"""
-_ASSISTANT = (
-    "A chat between a curious {} and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the {}'s questions. "
-)
-_SYSTEMS = {name: _ASSISTANT.format("user", "user") for name in ("v1", "vicuna_v1")}
-_SYSTEMS["llava_v1"] = _ASSISTANT.format("human", "human")
 
 
 def write_tokenizer(directory: Path, tokenizer_path: str, model: ModelConfig) -> tuple[SpecialTokens, str]:
@@ -146,10 +122,33 @@ def write_processor(
     With "pad" the image processor pads to a square in the mean color before it resizes, as in training. Where
     transformers resizes through torchvision instead of PIL, pixels differ from training by a level or two.
     """
-    side, pad = model.vision.image_size, image_aspect_ratio == "pad"
-    image_processor = {
-        "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
+    tiled = bool(model.image_grid_pinpoints)
+    kind = "LlavaNextProcessor" if tiled else "LlavaProcessor"
+    processor = {
+        "processor_class": kind,
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 1,
+        "patch_size": model.vision.patch_size,
+        "vision_feature_select_strategy": "default" if model.select_feature == "patch" else "full",
+    }
+    pixels = _image_processor(model, image_aspect_ratio) | {"processor_class": kind}
+    _write_json(directory / "preprocessor_config.json", pixels)
+    _write_json(directory / "processor_config.json", processor)
+    if template in TEMPLATES:
+        behind_image = image_in_prompt.removesuffix("\n")
+        text = chat_template(TEMPLATES[template], behind_image)
+        (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
+        return
+    logging.getLogger(__name__).warning(
+        "No chat template is written: conversation template %r is none of ours.", template
+    )
+
+
+def _image_processor(model: ModelConfig, image_aspect_ratio: str) -> dict:
+    """The settings of transformers' image processor that treats pictures as our pipeline does."""
+    side = model.vision.image_size
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": side},
@@ -162,25 +161,13 @@ def write_processor(
         "image_mean": _MEAN,
         "image_std": _STD,
     }
-    if pad:
-        image_processor["do_pad"] = True
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE,
-        "num_additional_image_tokens": 1,
-        "patch_size": model.vision.patch_size,
-        "vision_feature_select_strategy": "default" if model.select_feature == "patch" else "full",
-    }
-    _write_json(directory / "preprocessor_config.json", image_processor)
-    _write_json(directory / "processor_config.json", processor)
-    if template in _SYSTEMS:
-        system = _SYSTEM.replace("SYSTEM", json.dumps(_SYSTEMS[template]))
-        turns = _TURNS.replace("IMAGE", json.dumps(image_in_prompt))
-        (directory / "chat_template.jinja").write_text(system + turns, encoding="utf-8")
-        return
-    logging.getLogger(__name__).warning(
-        "No chat template is written: conversation template %r has none for transformers.", template
-    )
+    if model.image_grid_pinpoints:
+        grid = [[height, width] for width, height in model.image_grid_pinpoints]
+        tiles = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": grid}
+        return settings | tiles | {"do_pad": True}
+    if image_aspect_ratio == "pad":
+        return settings | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    return settings
 
 
 def _write_json(path: Path, fields: dict) -> None:

@@ -1,13 +1,20 @@
-"""Opens each foreign layout: llava-hf and original LLaVA models, CLIP towers, decoders, projectors."""
+"""What each foreign layout is made of: whole models, CLIP towers, decoders, projectors, component directories."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 from llava_jax.config import VisionConfig
 from llava_jax.convert.component_configs import read_text_config, read_vision_config, refuse
 from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.json_files import read_json
 from llava_jax.convert.matching import Matching
-from llava_jax.convert.model_configs import PUBLISHED_TOWERS, read_llava_config, read_llava_hf_config
+from llava_jax.convert.model_configs import (
+    PUBLISHED_TOWERS,
+    read_llava_config,
+    read_llava_hf_config,
+    read_tinyllava_config,
+)
 from llava_jax.convert.names import (
     PROJECTOR,
     VISION,
@@ -18,14 +25,34 @@ from llava_jax.convert.names import (
     text_rows,
     vision_rows,
 )
-from llava_jax.convert.source import ModelSource
-from llava_jax.convert.tensors import TensorFiles, read_json
+from llava_jax.convert.reading import Part, Reading
+from llava_jax.convert.tensors import TensorFiles
 from llava_jax.convert.tokenizer_files import find_tokenizer
+
+# The folders in which TinyLLaVA Factory keeps the parts of a model apart.
+COMPONENTS = ("language_model", "vision_tower", "connector")
 
 
 def config_fields(path: Path) -> dict:
     """The config.json of a directory; empty for a single file or where there is none."""
     return read_json(path / "config.json") if (path / "config.json").exists() else {}
+
+
+def has_components(path: Path) -> bool:
+    """Whether `path` is a directory of component directories."""
+    return all((path / name).is_dir() for name in COMPONENTS[:2])
+
+
+def read_layout(path: Path, vision_tower="") -> Reading:
+    """How a foreign directory or file is read. Opens headers only; raises ConversionError."""
+    if has_components(path):
+        return _components(path)
+    files, fields = TensorFiles(path), config_fields(path)
+    layout = detect_layout(files, fields)
+    if layout == "llava":
+        return _llava(path, files, fields, vision_tower)
+    whole = {"llava-hf": _llava_hf, "tinyllava": _tinyllava, "clip": read_clip, "llama": _llama}
+    return whole[layout](path, files, fields) if layout in whole else read_projector(path, files)
 
 
 def detect_layout(files: TensorFiles, fields: dict) -> str:
@@ -41,6 +68,8 @@ def detect_layout(files: TensorFiles, fields: dict) -> str:
             f"{files.path} holds no decoder, no CLIP tower and no projector under names that are known "
             f"(it begins with {', '.join(names[:3]) or 'no tensor at all'})."
         )
+    if any("_vision_tower." in name or "_connector." in name for name in names):
+        return "tinyllava"
     if any("multi_modal_projector." in name for name in names) or "text_config" in fields:
         return "llava-hf"
     if any("mm_projector." in name for name in names) or "mm_vision_tower" in fields:
@@ -48,70 +77,104 @@ def detect_layout(files: TensorFiles, fields: dict) -> str:
     return "llama"
 
 
-def open_llava_hf(path: Path, files: TensorFiles, fields: dict) -> ModelSource:
+def _llava_hf(path: Path, files: TensorFiles, fields: dict) -> Reading:
     """A LlavaForConditionalGeneration or LlavaNextForConditionalGeneration of any transformers version."""
-    where = _where(path, fields)
     generation = path / "generation_config.json"
     model, file_vocabulary = read_llava_hf_config(
-        fields, where, read_json(generation) if generation.exists() else {}
+        fields, where(path, fields), read_json(generation) if generation.exists() else {}
     )
-    matching = Matching(files, "llava-hf")
-    if model.text.tie_word_embeddings:
-        matching.drop_tied_head()
-    idle_rows = idle_vision_rows(model.vision, model.num_vision_layers_run)
-    leaves, idle = matching.leaves(model_rows(model), idle_rows, file_vocabulary=file_vocabulary)
+    part = Part(
+        Matching(files, "llava-hf"),
+        model_rows(model),
+        idle_vision_rows(model.vision, model.num_vision_layers_run),
+        tied=model.text.tie_word_embeddings,
+        file_vocabulary=file_vocabulary,
+    )
     default = "anyres" if model.image_grid_pinpoints else "pad"
-    return _whole("llava-hf", path, fields, model, leaves, idle, default_aspect_ratio=default)
+    return whole("llava-hf", path, fields, model, (part,), default_aspect_ratio=default)
 
 
-def open_llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> ModelSource:
+def _llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> Reading:
     """An original LLaVA. Its tower may lie inside, in `vision_tower`, or where `mm_vision_tower` says."""
-    where = _where(path, fields)
     matching = Matching(files, "llava")
     holds_tower = any(name.startswith(VISION) for name in matching.names())
-    tower = _tower_directory(path, fields, vision_tower)
+    tower = tower_directory(path, fields, vision_tower)
+    lacks = ""
     if not holds_tower and tower is None:
-        raise ConversionError(
+        lacks = (
             f"{path} holds no CLIP tower, and mm_vision_tower={fields.get('mm_vision_tower')!r} in "
             "its config.json is no directory here; give one (--vision-tower=DIR)."
         )
-    vision = _tower_config(fields, tower, where)
-    model = read_llava_config(fields, vision, where)
-    if model.text.tie_word_embeddings:
-        matching.drop_tied_head()
-    idle_rows = idle_vision_rows(vision, model.num_vision_layers_run)
-    rows = model_rows(model)
+        if fields.get("mm_vision_tower") not in PUBLISHED_TOWERS and "vision_config" not in fields:
+            raise ConversionError(lacks)
+    vision = _tower_config(fields, tower, where(path, fields))
+    model = read_llava_config(fields, vision, where(path, fields))
+    rows, tied = model_rows(model), model.text.tie_word_embeddings
     if holds_tower:
-        leaves, idle = matching.leaves(rows, idle_rows)
+        idle_rows = idle_vision_rows(vision, model.num_vision_layers_run)
+        parts = (Part(matching, rows, idle_rows, tied=tied),)
     else:
-        leaves, _ = matching.leaves(row for row in rows if not row.leaf.startswith(VISION))
-        clip = open_clip(tower, TensorFiles(tower), config_fields(tower), model.num_vision_layers_run)
-        leaves = clip.leaves | leaves
-        idle = clip.idle
-    return _whole("llava", path, fields, model, leaves, idle, default_aspect_ratio="square")
+        parts = (Part(matching, [row for row in rows if not row.leaf.startswith(VISION)], tied=tied),)
+    if not holds_tower and tower is not None:
+        clip = read_clip(tower, TensorFiles(tower), config_fields(tower), model.num_vision_layers_run)
+        parts = (*clip.parts, *parts)
+    reading = whole("llava", path, fields, model, parts, default_aspect_ratio="square")
+    return dataclasses.replace(reading, lacks=lacks)
 
 
-def open_clip(path: Path, files: TensorFiles, fields: dict, num_layers: int | None = None) -> ModelSource:
-    """A CLIPModel or CLIPVisionModel, of which the first `num_layers` layers (default: all) become leaves."""
-    config = read_vision_config(fields, _where(path, fields))
-    num_layers = config.num_hidden_layers if num_layers is None else num_layers
-    leaves, idle = Matching(files, "clip").leaves(
-        vision_rows(config, num_layers), idle_vision_rows(config, num_layers)
+def _tinyllava(path: Path, files: TensorFiles, fields: dict) -> Reading:
+    """A TinyLlavaForConditionalGeneration saved whole."""
+    missing = [key for key in ("text_config", "vision_config") if key not in fields]
+    if missing:
+        raise ConversionError(f"{where(path, fields)} has no {' and no '.join(missing)}; fetch it again.")
+    model = read_tinyllava_config(fields, fields["text_config"], fields["vision_config"], where(path, fields))
+    part = Part(
+        Matching(files, "tinyllava"),
+        model_rows(model),
+        idle_vision_rows(model.vision, model.num_vision_layers_run),
+        tied=model.text.tie_word_embeddings,
     )
-    return ModelSource("clip", config, leaves, idle)
+    return whole("tinyllava", path, fields, model, (part,), default_aspect_ratio="square")
 
 
-def open_llama(path: Path, files: TensorFiles, fields: dict) -> ModelSource:
+def _components(path: Path) -> Reading:
+    """A model whose decoder, tower and connector lie in directories of their own, with a config.json beside."""
+    fields = config_fields(path)
+    decoder, tower, connector = (path / name for name in COMPONENTS)
+    text = config_fields(decoder) or fields.get("text_config") or {}
+    vision = config_fields(tower) or fields.get("vision_config") or {}
+    model = read_tinyllava_config(fields, text, vision, where(path, fields))
+    clip = read_clip(tower, TensorFiles(tower), vision, model.num_vision_layers_run)
+    parts = [
+        *clip.parts,
+        Part(
+            Matching(TensorFiles(decoder), "llama"),
+            text_rows(model.text),
+            tied=model.text.tie_word_embeddings,
+        ),
+    ]
+    if model.projector_depth:
+        rows = projector_rows(model.vision.hidden_size, model.text.hidden_size, model.projector_depth)
+        parts.append(Part(Matching(TensorFiles(connector), "projector"), rows))
+    return whole("components", path, fields, model, tuple(parts), default_aspect_ratio="square")
+
+
+def read_clip(path: Path, files: TensorFiles, fields: dict, num_layers: int | None = None) -> Reading:
+    """A CLIPModel or CLIPVisionModel, of which the first `num_layers` layers (default: all) become leaves."""
+    config = read_vision_config(fields, where(path, fields))
+    num_layers = config.num_hidden_layers if num_layers is None else num_layers
+    rows, idle_rows = vision_rows(config, num_layers), idle_vision_rows(config, num_layers)
+    return Reading("clip", config, (Part(Matching(files, "clip"), rows, idle_rows),))
+
+
+def _llama(path: Path, files: TensorFiles, fields: dict) -> Reading:
     """A LlamaForCausalLM, or a Mistral or Qwen2, whose tensors have the same names."""
-    config = read_text_config(fields, _where(path, fields))
-    matching = Matching(files, "llama")
-    if config.tie_word_embeddings:
-        matching.drop_tied_head()
-    leaves, _ = matching.leaves(text_rows(config))
-    return ModelSource("llama", config, leaves, tokenizer_path=find_tokenizer(path))
+    config = read_text_config(fields, where(path, fields))
+    part = Part(Matching(files, "llama"), text_rows(config), tied=config.tie_word_embeddings)
+    return Reading("llama", config, (part,), find_tokenizer(path))
 
 
-def open_projector(path: Path, files: TensorFiles) -> ModelSource:
+def read_projector(path: Path, files: TensorFiles) -> Reading:
     """The projector among some tensors; its sizes are those of the tensors."""
     matching = Matching(files, "projector", only=PROJECTOR)
     depth = sum(name.endswith(".weight") for name in matching.names())
@@ -119,25 +182,27 @@ def open_projector(path: Path, files: TensorFiles) -> ModelSource:
     if first not in matching.names() or len(matching.shape(first)) != 2:
         raise ConversionError(f"{path} holds no projector (no tensor named like mm_projector.0.weight).")
     text_width, vision_width = matching.shape(first)
-    leaves, _ = matching.leaves(projector_rows(vision_width, text_width, depth))
-    return ModelSource("projector", None, leaves)
+    part = Part(matching, projector_rows(vision_width, text_width, depth), only=PROJECTOR)
+    return Reading("projector", None, (part,))
 
 
-def _where(path: Path, fields: dict) -> str:
+def where(path: Path, fields: dict) -> str:
+    """The config.json of a directory, for messages. Raises ConversionError if there is none."""
     if not fields:
         raise ConversionError(f"{path} has no config.json, which says what its tensors mean; add it.")
     return str(path / "config.json")
 
 
-def _whole(layout, path, fields, model, leaves, idle, *, default_aspect_ratio) -> ModelSource:
+def whole(layout, path, fields, model, parts, *, default_aspect_ratio) -> Reading:
+    """A whole LLaVA, with what the config.json in `path` says of its use."""
     aspect_ratio = fields.get("image_aspect_ratio") or default_aspect_ratio
     if aspect_ratio not in ("pad", "square", "anyres"):
         refuse(str(path / "config.json"), "image_aspect_ratio", aspect_ratio, "it is pad, square or anyres")
     template = fields.get("conversation_template", "v1")
-    return ModelSource(layout, model, leaves, idle, find_tokenizer(path), template, aspect_ratio)
+    return Reading(layout, model, parts, find_tokenizer(path), template, aspect_ratio)
 
 
-def _tower_directory(path: Path, fields: dict, vision_tower) -> Path | None:
+def tower_directory(path: Path, fields: dict, vision_tower) -> Path | None:
     """The given directory; else what mm_vision_tower names, inside `path` or beside it if not absolute."""
     if vision_tower:
         if not Path(vision_tower).is_dir():
@@ -148,14 +213,14 @@ def _tower_directory(path: Path, fields: dict, vision_tower) -> Path | None:
     return next((folder for folder in folders if name and (folder / "config.json").exists()), None)
 
 
-def _tower_config(fields: dict, tower: Path | None, where: str) -> VisionConfig:
+def _tower_config(fields: dict, tower: Path | None, file: str) -> VisionConfig:
     if "vision_config" in fields:
-        return read_vision_config(fields, where)
+        return read_vision_config(fields, file)
     if tower is not None:
-        return read_vision_config(config_fields(tower), _where(tower, config_fields(tower)))
+        return read_vision_config(config_fields(tower), where(tower, config_fields(tower)))
     name = fields.get("mm_vision_tower")
     if name in PUBLISHED_TOWERS:
         return PUBLISHED_TOWERS[name]
     raise ConversionError(
-        f"{where} names the tower {name!r}, whose config is unknown; give its directory (--vision-tower=DIR)."
+        f"{file} names the tower {name!r}, whose config is unknown; give its directory (--vision-tower=DIR)."
     )

@@ -109,25 +109,25 @@ def _read_grid(grid, where: str) -> tuple[tuple[int, int], ...]:
 
 
 def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str, vocab_size: int) -> dict:
-    """The config.json of a LlavaForConditionalGeneration whose files hold `vocab_size` token rows."""
+    """The config.json of a LlavaForConditionalGeneration, for a model with tiles of a LlavaNext one.
+
+    Their files hold `vocab_size` token rows.
+    """
     if model.projector_type != "mlp2x_gelu":
         raise ConversionError(
             f"The llava-hf layout has no projector of type {model.projector_type!r}, only 'mlp2x_gelu'; "
             "choose the layout llava."
-        )
-    if model.image_grid_pinpoints or model.patch_merge_type != "flat":
-        raise ConversionError(
-            "The llava-hf layout is LLaVA-1.5's, which has no tiles, but the model has image_grid_pinpoints="
-            f"{model.image_grid_pinpoints} and patch_merge_type={model.patch_merge_type!r}; choose the layout llava."
         )
     if model.num_vision_layers_run == 0:
         raise ConversionError(
             "transformers cannot run llava-hf models with vision_feature_layer=0; choose the layout llava."
         )
     text = model.text
+    next_fields = _write_llava_next(model)
+    kind = "LlavaNext" if next_fields else "Llava"
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"{kind}ForConditionalGeneration"],
+        "model_type": "llava_next" if next_fields else "llava",
         "torch_dtype": dtype,
         "ignore_index": -100,
         "image_token_index": tokens.image,
@@ -148,7 +148,27 @@ def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: s
             "torch_dtype": dtype,
         },
         "vision_config": write_vision_config(model.vision),
+        **next_fields,
     }
+
+
+def _write_llava_next(model: ModelConfig) -> dict:
+    """What a LlavaNextForConditionalGeneration says about tiles; empty for a model without any."""
+    if not model.image_grid_pinpoints and model.patch_merge_type == "flat":
+        return {}
+    if not model.image_grid_pinpoints or model.patch_merge_type != "spatial_unpad":
+        raise ConversionError(
+            "In the llava-hf layout tiles are laid out with patch_merge_type='spatial_unpad' and a list of sizes, "
+            f"but the model has image_grid_pinpoints={model.image_grid_pinpoints} and patch_merge_type="
+            f"{model.patch_merge_type!r}; choose the layout llava."
+        )
+    if model.select_feature != "patch":
+        raise ConversionError(
+            f"transformers lays out tiles without the class token, but the model has select_feature="
+            f"{model.select_feature!r}; choose the layout llava."
+        )
+    grid = [[height, width] for width, height in model.image_grid_pinpoints]
+    return {"image_grid_pinpoints": grid, "use_image_newline_parameter": True}
 
 
 def read_llava_config(fields: dict, vision: VisionConfig, where: str) -> ModelConfig:
@@ -216,3 +236,16 @@ def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str)
         **({"image_grid_pinpoints": model.image_grid_pinpoints} if model.image_grid_pinpoints else {}),
         "vision_config": write_vision_config(model.vision),
     }
+
+
+def read_tinyllava_config(fields: dict, text: dict, vision: dict, where: str) -> ModelConfig:
+    """TinyLLaVA Factory's fields -> ModelConfig. `text` and `vision` are the config.json of its components."""
+    return build(
+        ModelConfig,
+        where,
+        vision=read_vision_config(vision, where),
+        text=read_text_config(text, where),
+        projector_type=fields.get("connector_type") or "linear",
+        select_layer=fields.get("vision_feature_layer", -2),
+        select_feature=fields.get("vision_feature_select_strategy", "patch"),
+    )

@@ -193,6 +193,7 @@ _WRITTEN = {
     "llava-hf": (
         ("vision_tower.vision_model.", VISION),
         (PROJECTOR, PROJECTOR),
+        ("image_newline", TEXT + "image_newline"),  # of llava-next
         ("language_model.lm_head.", TEXT + "lm_head."),
         ("language_model.model.", TEXT),
     ),
@@ -204,6 +205,11 @@ _WRITTEN = {
     "clip": (("vision_model.", VISION),),
     "llama": (("lm_head.", TEXT + "lm_head."), ("model.", TEXT)),
     "projector": ((PROJECTOR, PROJECTOR),),
+    "tinyllava": (
+        ("vision_tower._vision_tower.vision_model.", VISION),
+        ("language_model.lm_head.", TEXT + "lm_head."),
+        ("language_model.model.", TEXT),
+    ),
 }
 _ALSO_READ = {
     # transformers has renamed its modules twice: names without `vision_model`, without the decoder's inner
@@ -212,7 +218,6 @@ _ALSO_READ = {
         ("vision_tower.", VISION),
         ("language_model.", TEXT),
         ("lm_head.", TEXT + "lm_head."),
-        ("image_newline", TEXT + "image_newline"),  # of llava-next
     ),
     "llava": (("model.vision_tower.vision_tower.", VISION),),
     "clip": tuple(
@@ -220,6 +225,21 @@ _ALSO_READ = {
     ),
     "llama": (),
     "projector": (),
+    "tinyllava": (("vision_tower._vision_tower.", VISION),),
+}
+
+# Projectors that are a torch Sequential: activations take the odd numbers, a single layer has none.
+_NUMBER = r"\.(?:(\d*[02468])\.)?(weight|bias)"
+_NUMBERED_PROJECTOR = {
+    "llava": re.compile(r"(?:model\.)?mm_projector" + _NUMBER),
+    "projector": re.compile(r"(?:mm_projector|_connector)" + _NUMBER),
+    "tinyllava": re.compile(r"connector\._connector" + _NUMBER),
+}
+
+_PROJECTOR_MODULE = {
+    "llava": "model.mm_projector",
+    "projector": "model.mm_projector",
+    "tinyllava": "connector._connector",
 }
 
 _IGNORABLE = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
@@ -235,12 +255,14 @@ def is_ignorable(name: str, layout: str) -> bool:
 
 def canonical(name: str, layout: str) -> str | None:
     """A tensor's canonical name, or None where the layout knows no such prefix."""
+    # PEFT calls the weights that it wraps a layer's base, and TinyLLaVA's LoRA runs save them by that name.
+    name = name.replace(".base_layer.", ".")
     if layout == "llava-hf":
         name = name.removeprefix("model.")
     if layout == "projector":  # whatever wraps the model whose projector was saved
-        name = re.sub(r"^.*?(mm_projector|multi_modal_projector)\.", r"\1.", name)
-    numbered = re.match(r"^(?:model\.)?mm_projector\.(?:(\d*[02468])\.)?(weight|bias)$", name)
-    if numbered and layout in ("llava", "projector"):  # activations take the odd numbers
+        name = re.sub(r"^.*?(mm_projector|multi_modal_projector|_connector)\.", r"\1.", name)
+    numbered = _NUMBERED_PROJECTOR[layout].fullmatch(name) if layout in _NUMBERED_PROJECTOR else None
+    if numbered:
         return f"{PROJECTOR}linear_{int(numbered[1] or 0) // 2 + 1}.{numbered[2]}"
     prefixes = [pair for pair in _WRITTEN[layout] + _ALSO_READ[layout] if name.startswith(pair[0])]
     if not prefixes:
@@ -251,9 +273,9 @@ def canonical(name: str, layout: str) -> str | None:
 
 def spell(name: str, layout: str, projector_type: str = "mlp2x_gelu") -> str:
     """A canonical name as `layout` writes it. A `linear` projector has no number in the original's files."""
-    if layout in ("llava", "projector") and name.startswith(PROJECTOR):
+    if layout in _PROJECTOR_MODULE and name.startswith(PROJECTOR):
         number, kind = re.match(r"linear_(\d+)\.(.*)", name.removeprefix(PROJECTOR)).groups()
         inner = kind if projector_type == "linear" else f"{2 * (int(number) - 1)}.{kind}"
-        return f"model.mm_projector.{inner}"
+        return f"{_PROJECTOR_MODULE[layout]}.{inner}"
     theirs, ours = next(pair for pair in _WRITTEN[layout] if name.startswith(pair[1]))
     return theirs + name.removeprefix(ours)

@@ -5,40 +5,45 @@ from pathlib import Path
 
 from llava_jax.config import ConfigError, ModelConfig
 from llava_jax.convert import layouts, ours
+from llava_jax.convert.adapters import Adapter, is_adapter, open_adapter
 from llava_jax.convert.download import fetch
 from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.merging import merge
 from llava_jax.convert.names import PROJECTOR
+from llava_jax.convert.reading import Reading
 from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles
 
 
 def open_model(path, *, vision_tower="") -> ModelSource:
-    """Opens a whole model, a CLIP tower, a decoder, or a file of projector weights. Reads headers only.
+    """Opens a whole model, a CLIP tower, a decoder, a LoRA adapter with its base, or a file of projector weights.
 
-    `vision_tower`: a CLIP directory for an original LLaVA that holds no tower and names none that is here.
-    A tower inside the checkpoint wins over it. Raises ConversionError.
+    Reads headers only. `vision_tower`: a CLIP directory for an original LLaVA that holds no tower and names none
+    that is here. A tower inside the checkpoint wins over it. Raises ConversionError.
     """
     path = fetch(path)
+    if is_adapter(path):
+        adapter = open_adapter(path)
+        return merge(_base_of(adapter, vision_tower), adapter, vision_tower=vision_tower)
     if ours.is_ours(path):
         return ours.open_ours(path)
-    files, fields = TensorFiles(path), layouts.config_fields(path)
-    layout = layouts.detect_layout(files, fields)
-    if layout == "llava":
-        return layouts.open_llava(path, files, fields, vision_tower)
-    if layout == "llava-hf":
-        return layouts.open_llava_hf(path, files, fields)
-    if layout == "clip":
-        return layouts.open_clip(path, files, fields)
-    if layout == "llama":
-        return layouts.open_llama(path, files, fields)
-    return layouts.open_projector(path, files)
+    return layouts.read_layout(path, vision_tower).source()
+
+
+def read_model(path, *, vision_tower="") -> Reading | Adapter | ModelSource:
+    """What `open_model` would open, before its tensors are checked. Raises ConversionError only for files and
+    config.json files that cannot be read."""
+    path = fetch(path)
+    if is_adapter(path):
+        return open_adapter(path)
+    return ours.open_ours(path) if ours.is_ours(path) else layouts.read_layout(path, vision_tower)
 
 
 def open_projector(path) -> ModelSource:
     """Opens only the projector of a file, a directory or a whole model; the rest need not be complete."""
     path = fetch(path)
     if not ours.is_ours(path):
-        return layouts.open_projector(path, TensorFiles(path))
+        return layouts.read_projector(path, TensorFiles(path)).source()
     leaves = ours.open_ours(path).leaves
     return ModelSource(
         "projector", None, {name: leaf for name, leaf in leaves.items() if name.startswith(PROJECTOR)}
@@ -62,13 +67,25 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> Mod
     leaves, idle = {}, {}
     if clip:
         path = Path(vision_tower)
-        clip = layouts.open_clip(
+        clip = layouts.read_clip(
             path, TensorFiles(path), layouts.config_fields(path), num_layers=model.num_vision_layers_run
-        )
+        ).source()
         leaves, idle = dict(clip.leaves), clip.idle
     if decoder:
         leaves |= decoder.leaves
     return ModelSource("parts", model, leaves, idle, decoder.tokenizer_path if decoder else "")
+
+
+def _base_of(adapter: Adapter, vision_tower) -> ModelSource:
+    """The model that an adapter's own files name: components beside it, or a directory that is here."""
+    if layouts.has_components(adapter.path):
+        return layouts.read_layout(adapter.path).source()
+    if adapter.base and Path(adapter.base).is_dir() and not is_adapter(Path(adapter.base)):
+        return open_model(adapter.base, vision_tower=vision_tower)
+    raise ConversionError(
+        f"{adapter.path} is a LoRA adapter, and its base {adapter.base!r} is no directory here; merge them with "
+        f"convert_weights.py merge-lora BASE {adapter.path} DST."
+    )
 
 
 def _component(path, layout: str, noun: str) -> ModelSource:

@@ -9,13 +9,14 @@ from safetensors.numpy import save_file
 
 from llava_jax.config import ConfigError, ModelConfig, from_json, to_json
 from llava_jax.convert.errors import ConversionError, listing
+from llava_jax.convert.json_files import read_json
 from llava_jax.convert.matching import reading_axis
 from llava_jax.convert.names import model_rows
 from llava_jax.convert.new_directory import new_directory
 from llava_jax.convert.orbax_weights import StoredArrays, save
 from llava_jax.convert.progress import Progress, silent
 from llava_jax.convert.source import Leaf, ModelSource
-from llava_jax.convert.tensors import TensorFiles, read_json
+from llava_jax.convert.tensors import TensorFiles
 from llava_jax.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 
 _FORMAT, _VERSION = "llava_jax", 1

@@ -6,9 +6,7 @@ import ml_dtypes  # noqa: F401 (teaches numpy the name "bfloat16")
 import numpy as np
 
 from llava_jax.convert.errors import ConversionError, listing
-from llava_jax.convert.json_files import read_json  # noqa: F401
 from llava_jax.convert.safetensors_file import SafetensorsFile
-from llava_jax.convert.shard_writer import ShardWriter  # noqa: F401
 from llava_jax.convert.torch_file import MAGIC, TorchFile
 from llava_jax.convert.weight_files import weight_files
 

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from llava_jax.convert.tensors import read_json
+from llava_jax.convert.json_files import read_json
 
 # One of the first two is the vocabulary; the rest say how it is used.
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json")
