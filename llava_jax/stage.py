@@ -89,7 +89,8 @@ def _train(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog, chec
     for step in range(first_step + 1, stage.num_steps + 1):
         before = time.monotonic()
         batch = next(batches)
-        data_wait = time.monotonic() - before
+        # As long as the device still computes the step before, it does not wait.
+        data_wait = time.monotonic() - before if state.step.is_ready() else 0.0
         state, metrics = train_step(state, frozen, place_batch(mesh, batch))
         recorder.add(step, metrics, data_wait)
         if step % config.checkpoint.save_steps == 0 or step == stage.num_steps:

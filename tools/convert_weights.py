@@ -235,10 +235,11 @@ def merge_lora(arguments, parser) -> None:
     if arguments.dtype and arguments.layout == "llava_jax":
         parser.error("--dtype is for the layouts llava-hf and llava; a llava_jax directory keeps the base's")
     from llava_jax.convert.adapters import open_adapter
+    from llava_jax.convert.download import fetch
     from llava_jax.convert.merging import describe_changes, merge
 
     print(f"Reading {arguments.base} and {arguments.adapter}", flush=True)
-    adapter = open_adapter(arguments.adapter)
+    adapter = open_adapter(fetch(arguments.adapter))
     base = open_source(arguments.base, arguments.vision_tower)
     if Path(arguments.base).resolve() == Path(arguments.adapter).resolve():
         model = base  # components with their adapter beside them, which are opened merged
