@@ -39,9 +39,11 @@ def main() -> None:
     from llava_jax.data.dataset import open_datasets
     from llava_jax.data.inspection import inspect
     from llava_jax.data.inspection_page import write_page
+    from llava_jax.data.tokenizer import require_room
     from llava_jax.errors import DataError
 
     tokenizer = _load_tokenizer(recipe.first.init)
+    require_room(tokenizer, recipe.first.model.text.vocab_size)
     opened = []  # all of it before hours are spent on the first
     for name, config in stages.items():
         training, evaluation = open_datasets(config.data, config.seed)

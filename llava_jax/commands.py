@@ -20,6 +20,7 @@ def run_command(main: Callable[[], None], *, interrupted: str = "Interrupted.") 
 
     interrupted: what Ctrl-C is answered with.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
     logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout

@@ -238,11 +238,11 @@ class DataConfig:
             f"data.val_size={self.val_size:g} and data.eval_path={self.eval_path!r} both say what to evaluate on; set one.",
         )
         require(
-            self.val_size >= 0 and (self.val_size < 1 or self.val_size == int(self.val_size)),
+            0 <= self.val_size < math.inf and (self.val_size < 1 or self.val_size == int(self.val_size)),
             f"data.val_size={self.val_size:g} must be a share below 1 or a whole number of samples.",
         )
         require(
-            all(0 < weight < math.inf for weight in self.weights),
+            all(0 < weight <= 1000 for weight in self.weights),
             f"data.weights={self.weights} must be positive.",
         )
         one_of("data.on_bad_sample", self.on_bad_sample, ("error", "skip"))

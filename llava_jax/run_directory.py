@@ -18,6 +18,11 @@ HARMLESS = (
     "train.remat",
     "train.scan_unroll",
     "checkpoint.",
+    "name",
+    "data.path",  # what the files hold is told by the pipeline's fingerprint
+    "data.image_folder",
+    "data.dataset_dir",
+    "data.eval_path",
     "data.num_threads",
     "data.cache_dir",
     "data.overwrite_cache",

@@ -1,7 +1,6 @@
 """Trains one stage: from weights and data to a saved state, or on from where an earlier run stopped."""
 
 import dataclasses
-import json
 import math
 import time
 from functools import partial
@@ -18,7 +17,7 @@ from llava_jax.config import Config
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError, DivergedError
-from llava_jax.metrics import MetricsLog, Progress, write_atomically
+from llava_jax.metrics import MetricsLog, Progress
 from llava_jax.optimizer import MODULES, is_trainable, learning_rates, make_optimizer, make_schedule
 from llava_jax.sharding import constrain_rows, parameter_sharding, place_batch, replicated, state_shardings
 from llava_jax.step import TrainState, abstract_model, make_eval_step, make_train_step, model_settings
@@ -84,6 +83,8 @@ def _train(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog, chec
         out_shardings=(state_shardings(mesh, state), replicated(mesh)),
     )
     log.forget_after(stage.name, first_step)
+    for pipeline in filter(None, (stage.pipeline, stage.evaluation)):
+        pipeline.bad_samples.write()
     recorder = _Recorder(stage, first_step, log)
     batches = stage.pipeline.iterate(first_step, stage.num_steps)
     for step in range(first_step + 1, stage.num_steps + 1):
@@ -134,8 +135,8 @@ def _abstract_state(shapes: dict, optimizer: optax.GradientTransformation, mesh:
 def _check_meta(found: dict, expected: dict, path: Path) -> None:
     if found["dataset"] != expected["dataset"]:
         raise CheckpointError(
-            f"{path} was trained on other data: the records, the tokenizer or the data settings have changed since. "
-            "Restore them, or start anew with another --workdir."
+            f"{path} was trained on other data: the records, the sizes or presence of their images, the tokenizer or "
+            "the data settings have changed since. Restore them, or start anew with another --workdir."
         )
     changed = [name for name, crc in expected["frozen"].items() if found["frozen"].get(name) != crc]
     if changed:
@@ -156,9 +157,9 @@ def _print_plan(stage: Stage, weights: ModelSource, saved_step: int | None) -> N
         + (f", continuing after step {saved_step:,}" if saved_step else ""),
         flush=True,
     )
-    shapes = stage.pipeline.shapes(saved_step or 0, stage.num_steps)
+    shapes = stage.pipeline.schedule.shapes((saved_step or 0) // stage.pipeline.steps_per_epoch)
     listed = ", ".join(f"{length} x {images}" for length, images in shapes)
-    print(f"  rows of tokens x images: {listed}; each shape is compiled once", flush=True)
+    print(f"  an epoch's rows of tokens x images: {listed}; each shape is compiled once", flush=True)
     rates = learning_rates(config.optimizer)
     for prefix, module in MODULES.items():
         count = sum(math.prod(weights.shape(name)) for name in weights.names() if name.startswith(prefix))
@@ -221,7 +222,7 @@ class _Recorder:
         self.pending = []
         self.log.append(row)
         self.progress.show(row)
-        self._report_bad_samples()
+        self._tell_bad_samples()
 
     def log_evaluation(self, step: int, loss: float) -> None:
         """Logs the loss on the data that was kept out of training."""
@@ -229,17 +230,11 @@ class _Recorder:
         self.log.append(row | {"step": step, "eval_loss": loss})
         print(f"{self.stage.name or 'step'} {step}: eval_loss {loss:.4f}", flush=True)
 
-    def _report_bad_samples(self) -> None:
-        """Keeps `bad_samples.jsonl` beside the log up to date."""
-        rows = self.stage.pipeline.bad_samples.report()
-        if len(rows) == self.num_bad_samples:
-            return
-        self.num_bad_samples = len(rows)
-        path = self.log.path.with_name(f"bad_samples_{self.stage.name}.jsonl".replace("_.", "."))
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-        print(
-            f"{len(rows):,} samples cannot be used; {path} tells which, and what took their place", flush=True
-        )
+    def _tell_bad_samples(self) -> None:
+        count = len(self.stage.pipeline.bad_samples.report())
+        if count > self.num_bad_samples:
+            self.num_bad_samples = count
+            print(f"{count:,} samples could not be used; bad_samples.jsonl tells which", flush=True)
 
     def _learning_rates(self, step: int) -> dict[str, float]:
         """`learning_rate`, and each module's own where they differ."""

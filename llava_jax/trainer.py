@@ -13,7 +13,7 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llava_jax.data.tokenizer import Tokenizer, load_tokenizer, require_room
 from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import Counter, MetricsLog
@@ -33,10 +33,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
     mesh = make_mesh(last.mesh)
     weights = initial_weights(recipe.first)
     tokenizer = _load_tokenizer(weights)
-    stages = [
-        _make_stage(name, config, tokenizer, mesh, checkpoint_directory(workdir, name))
-        for name, config in recipe.stages.items()
-    ]
+    stages = [_make_stage(name, config, tokenizer, mesh, workdir) for name, config in recipe.stages.items()]
     if last.evaluate.path:
         check_questions(last, tokenizer)
     if last.export.layout:
@@ -67,7 +64,7 @@ def _run_stages(
     print(f"Done: {workdir}", flush=True)
 
 
-def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, checkpoints: Path) -> Stage:
+def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Stage:
     rows, shards = config.data.batch_size // config.train.accumulation_steps, num_row_shards(mesh)
     if rows % shards:
         raise ConfigError(
@@ -84,7 +81,14 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, che
         accumulation_steps=config.train.accumulation_steps,
         progress=Counter(f"{name} measuring samples:".strip()),
     )
-    return Stage(name, config, make(training), make(evaluation) if evaluation else None, checkpoints)
+    suffix = f"_{name}" if name else ""
+    return Stage(
+        name,
+        config,
+        make(training, report=workdir / f"bad_samples{suffix}.jsonl"),
+        make(evaluation, report=workdir / f"bad_evaluation_samples{suffix}.jsonl") if evaluation else None,
+        checkpoint_directory(workdir, name),
+    )
 
 
 def _load_tokenizer(weights: ModelSource) -> Tokenizer:
@@ -93,11 +97,7 @@ def _load_tokenizer(weights: ModelSource) -> Tokenizer:
             "No tokenizer: set init.tokenizer to a tokenizer.model or a directory that holds one."
         )
     tokenizer = load_tokenizer(weights.tokenizer_path)
-    if tokenizer.vocab_size > weights.config.text.vocab_size:
-        raise ConfigError(
-            f"The tokenizer {weights.tokenizer_path} has {tokenizer.vocab_size} tokens, the model's embedding only "
-            f"model.text.vocab_size={weights.config.text.vocab_size}; use the tokenizer that belongs to the decoder."
-        )
+    require_room(tokenizer, weights.config.text.vocab_size)
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -352,7 +353,10 @@ def test_records_that_cannot_be_read_are_left_out_and_reported(folder, tokenizer
         range(1, 51)
     )
     (row,) = skipping.bad_samples.report()
-    assert row == {"problem": "record 0 (id 9): there is nothing to learn: the assistant says nothing."}
+    assert row == {
+        "sample": 0,
+        "problem": "record 0 (id 9): there is nothing to learn: the assistant says nothing.",
+    }
 
 
 def test_too_many_bad_samples_end_the_run(folder, tokenizer):
@@ -385,3 +389,57 @@ def test_shapes_are_known_before_training(folder, tokenizer):
         for batch in pipeline.iterate(0, pipeline.steps_per_epoch)
     }
     assert shapes == set(pipeline.shapes(0, pipeline.steps_per_epoch))
+
+
+def test_a_bad_sample_that_nothing_can_replace_is_left_out(folder, tokenizer):
+    records = [record(id, "0.png", answer="cat cat cat") for id in range(40)]
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    records[3] = record(3, "broken.png", question="", answer="cat")
+    pipeline = make(folder, tokenizer, records, shuffle=False, on_bad_sample="skip", max_bad_share=0.05)
+    assert pipeline.batch(0)["segment_ids"][0].max(axis=1).tolist() == [1, 1, 1, 0]
+    (row,) = pipeline.bad_samples.report()
+    assert (row["sample"], row["replaced_by"]) == (3, None)
+
+
+def test_bad_samples_are_counted_on_after_a_restart(folder, tokenizer, tmp_path):
+    records = broken_among(folder, 3)
+    records[5] = records[7] = records[3]
+    settings = {
+        "on_bad_sample": "skip",
+        "max_bad_share": 0.05,
+        "num_threads": 0,
+        "report": tmp_path / "bad.jsonl",
+    }
+    with pytest.raises(DataError, match=r"3 of 40 samples cannot be used"):
+        list(make(folder, tokenizer, records, **settings).iterate(0, 10))
+    again = make(folder, tokenizer, records, **settings)
+    assert [row["sample"] for row in again.bad_samples.report()] == [3, 5, 7]
+    with pytest.raises(DataError, match=r"3 of 40 samples cannot be used"):
+        list(again.iterate(0, 10))
+
+
+def test_frames_that_came_after_measuring_are_noticed(folder, tokenizer, tmp_path):
+    (tmp_path / "clip").mkdir()
+    for frame in range(2):
+        shutil.copy(folder / "0.png", tmp_path / f"clip/{frame}.png")
+    video = {
+        "video": "clip",
+        "conversations": [{"from": "human", "value": "<video>"}, {"from": "gpt", "value": "A"}],
+    }
+    settings = {"image_folder": str(tmp_path), "cache_dir": str(tmp_path / "cache"), "batch_size": 1}
+    before = make(folder, tokenizer, [video], **settings)
+    shutil.copy(folder / "0.png", tmp_path / "clip/2.png")
+    stale = make(folder, tokenizer, [video], **settings)
+    with pytest.raises(DataError, match=r"3 images now, not \d+ and 2 as when it was measured"):
+        stale.batch(0)
+    fresh = make(folder, tokenizer, [video], overwrite_cache=True, **settings)
+    assert fresh.batch(0)["images"].shape[2] == 4
+    assert before.fingerprint == stale.fingerprint != fresh.fingerprint
+
+
+def test_a_records_file_that_changes_during_training_is_noticed(folder, tokenizer):
+    pipeline = make(folder, tokenizer, seven_records())
+    path = Path(pipeline.dataset.sources[0].index.path)
+    path.write_text(path.read_text().replace("cat", "dog") + " ")
+    with pytest.raises(DataError, match="was changed while it is in use"):
+        pipeline.batch(0)

@@ -1,8 +1,10 @@
 """Arrays that are kept from run to run, because working them out takes long."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -18,7 +20,7 @@ def cache_path(cache_dir: str, kind: str, *key: object) -> Path:
         digest.update(
             part.tobytes() if isinstance(part, np.ndarray) else json.dumps(part, sort_keys=True).encode()
         )
-    return Path(cache_dir).expanduser() / f"{kind}-{digest.hexdigest()[:32]}"
+    return Path(os.path.expanduser(cache_dir)) / f"{kind}-{digest.hexdigest()[:32]}"
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
@@ -43,6 +45,8 @@ def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     content = io.BytesIO()
     np.savez(content, **arrays)
     try:
+        if str(path).startswith("~"):
+            raise FileNotFoundError(errno.ENOENT, "this user has no home directory")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Others may write the same at the same time: each has a file of its own until it is whole.
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:

@@ -64,7 +64,7 @@ def _read_object(path: str) -> dict:
             value = json.load(file)
     except OSError as error:
         raise ConfigError(f"{path!r}: cannot be read ({error.strerror}); check data.dataset_dir.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: broken JSON ({error}).") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: should be an object of dataset names, not {json_type(value)}.")
@@ -96,7 +96,7 @@ def _parse_entry(folder: str, name: str, value: object, where: str) -> Entry:
 
 def _parse_format(value: dict, where: str) -> Format:
     formatting = value.get("formatting", "alpaca")
-    if formatting not in FORMATS:
+    if not isinstance(formatting, str) or formatting not in FORMATS:
         raise ConfigError(
             f"{where}: formatting {formatting!r} is not one of {', '.join(map(repr, FORMATS))}."
         )

@@ -94,9 +94,16 @@ class ImageFolder:
 def _list_files(directory: str) -> frozenset[str]:
     try:
         with os.scandir(directory) as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file())
+            return frozenset(entry.name for entry in entries if _is_file(entry))
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads nowhere, or round in a circle
+        return False
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:

@@ -80,7 +80,7 @@ def inspect(
     measured = measure(
         reader,
         cache_dir=config.data.cache_dir,
-        overwrite_cache=config.data.overwrite_cache,
+        overwrite_cache=True,  # images may have changed since
         progress=Counter("  measuring samples:"),
     )
     problems = find_problems(dataset, measured)

@@ -49,6 +49,7 @@ class JsonIndex:
     def __getitem__(self, index: int) -> object:
         begin, end = int(self._begins[index]), int(self._ends[index])
         data = self._read(begin, end)
+        self._require_unchanged(self._stamp)
         try:
             return json.loads(data.decode())
         except UnicodeDecodeError as error:
@@ -73,22 +74,31 @@ class JsonIndex:
         self.__dict__.update(state)
         stamp = self._stamp
         self._open()
-        if self._stamp != stamp:
-            raise DataError(f"{self.path}: was changed while it is in use; start the run again.")
+        self._require_unchanged(stamp)
 
     def _open(self) -> None:
         try:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+            mode = os.stat(self.path).st_mode
+            can_open = stat.S_ISREG(mode) or stat.S_ISDIR(mode)  # a pipe would wait for who writes it
+            self._file = open(self.path, "rb", buffering=0) if can_open else None  # noqa: SIM115
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.path!r}: cannot be read ({reason}); check {self._setting}.") from error
-        weakref.finalize(self, self._file.close)
-        status = os.fstat(self._file.fileno())
-        if not stat.S_ISREG(status.st_mode):
+        if self._file is None:
             raise DataError(
                 f"{self.path!r}: is no regular file, which can be read in any order; save it as one."
             )
-        self._size, self._stamp = status.st_size, (status.st_size, status.st_mtime_ns)
+        weakref.finalize(self, self._file.close)
+        self._stamp = self._look()
+
+    def _look(self) -> tuple[int, int]:
+        """The file's size and when it was changed."""
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def _require_unchanged(self, stamp: tuple[int, int]) -> None:
+        if self._look() != stamp:
+            raise DataError(f"{self.path}: was changed while it is in use; start the run again.")
 
     def _read(self, begin: int, end: int) -> bytes:
         # Unlike a memory map, this leaves no pages behind and survives a file that shrinks.
@@ -110,7 +120,11 @@ class JsonIndex:
                 break
         bounds = np.concatenate(bounds)
         last = int(bounds[-1])
-        if not marks.closed or self._read(last, last + 1) != b"]" or not self._is_blank(last + 1, self._size):
+        if (
+            not marks.closed
+            or self._read(last, last + 1) != b"]"
+            or not self._is_blank(last + 1, self._stamp[0])
+        ):
             self._raise_broken_list()
         begins, ends = bounds[:-1] + 1, bounds[1:]
         if self._is_blank(int(begins[-1]), int(ends[-1])):
@@ -122,7 +136,7 @@ class JsonIndex:
     def _scan_lines(self) -> tuple[np.ndarray, np.ndarray]:
         """Begins and ends int64[N] of the lines that hold more than white space."""
         newlines = [np.flatnonzero(chunk == _NEWLINE) + begin for begin, chunk in self._chunks(self._start)]
-        ends = np.concatenate([*newlines, [self._size]])
+        ends = np.concatenate([*newlines, [self._stamp[0]]])
         begins = np.concatenate([[self._start], ends[:-1] + 1])
         # A filled line of usual length begins with its value; only the others have to be looked at.
         firsts = self._first_bytes(begins)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -35,7 +36,7 @@ class Pipeline:
 
     Building it measures every sample, so that each step's shapes are known and bad records are reported before
     training: DataError with the first of them and their number. Batches are functions of the step alone; nothing
-    has to be saved to resume.
+    has to be saved to resume. `report` is the file in which bad samples are told.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Pipeline:
         process_index: int = 0,
         process_count: int = 1,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        report: Path | None = None,
     ):
         if config.batch_size % (accumulation_steps * process_count):
             raise ConfigError(
@@ -77,7 +79,7 @@ class Pipeline:
         problems = find_problems(dataset, self.measured)
         files = ", ".join(source.index.path for source in dataset.sources)
         require_sound(config, self.measured, problems, where=files)
-        self.bad_samples = BadSamples(config, len(dataset), problems)
+        self.bad_samples = BadSamples(config, len(dataset), problems, report)
         self._usable = np.setdiff1d(np.arange(len(dataset)), list(problems))  # what the schedule counts
         self.schedule = self._make_schedule()
         self.fingerprint = self._fingerprint()
@@ -99,13 +101,15 @@ class Pipeline:
             "samples": self.num_samples,
             "samples_with_image": int(np.count_nonzero(num_images)),
             "samples_text_only": int(np.count_nonzero(num_images == 0)),
-            "samples_truncated": int(np.count_nonzero(measured.full_lengths > measured.lengths)),
+            "samples_truncated": int(
+                np.count_nonzero(measured.full_lengths[usable] > measured.lengths[usable])
+            ),
             "samples_teaching_nothing": int(np.count_nonzero(measured.num_supervised[usable] == 0)),
             "samples_unusable": len(self.dataset) - self.num_samples,
             "images": int(num_images.sum()),
-            "tokens": int(measured.lengths.sum()),
-            "supervised_tokens": int(measured.num_supervised.sum()),
-            "longest_sample": int(measured.lengths.max()),
+            "tokens": int(measured.lengths[usable].sum()),
+            "supervised_tokens": int(measured.num_supervised[usable].sum()),
+            "longest_sample": int(measured.lengths[usable].max()),
         }
 
     def shapes(self, first_step: int, last_step: int) -> list[tuple[int, int]]:
@@ -154,29 +158,44 @@ class Pipeline:
         return iter(batches)
 
     def _load(self, step: int, row: int) -> list[Sample]:
-        return [self._read(int(id)) for id in self._usable[self.schedule.row(step, row)]]
+        samples = [self._read(int(id)) for id in self._usable[self.schedule.row(step, row)]]
+        return [sample for sample in samples if sample is not None]
 
-    def _read(self, id: int) -> Sample:
+    def _read(self, id: int) -> Sample | None:
         """The sample, or what takes its place if its images cannot be used and such samples are skipped."""
         try:
-            return self._reader.read(id)
+            return self._read_measured(id)
         except DataError as error:
             if self.config.on_bad_sample == "error":
                 raise
-            replacement, sample = self._replace(id, error)
-            self.bad_samples.add(id, str(error), self.dataset[replacement].name)
+            replacement, sample = self._replace(id)
+            self.bad_samples.add(id, str(error), replacement)
             return sample
 
-    def _replace(self, id: int, error: DataError) -> tuple[int, Sample]:
-        """The next sample that needs no more room and can be read: a function of the data alone."""
+    def _read_measured(self, id: int) -> Sample:
+        """The sample, if it still is as long as when it was measured: rows are planned for that."""
+        sample, measured = self._reader.read(id), self.measured
+        if (len(sample.tokens), len(sample.images)) != (measured.lengths[id], measured.num_tiles[id]):
+            raise DataError(
+                f"{self.dataset[id].name}: has {len(sample.tokens)} tokens and {len(sample.images)} images now, not "
+                f"{measured.lengths[id]} and {measured.num_tiles[id]} as when it was measured: its images or frames "
+                "have changed. Measure again with data.overwrite_cache=True."
+            )
+        return sample
+
+    def _replace(self, id: int) -> tuple[str | None, Sample | None]:
+        """The name of the next sample that needs no more room and can be read, and the sample; None if there is none.
+
+        A function of the data alone.
+        """
         measured = self.measured
         fits = (measured.lengths <= measured.lengths[id]) & (measured.num_tiles <= measured.num_tiles[id])
         candidates = self._usable[fits[self._usable]]
         candidates = np.roll(candidates, -np.searchsorted(candidates, id, side="right"))
         for other in candidates[:_REPLACEMENTS_TRIED].tolist():
             with contextlib.suppress(DataError):
-                return other, self._reader.read(other)
-        raise error  # whatever comes next is as bad; the data is broken
+                return self.dataset[other].name, self._read_measured(other)
+        return None, None
 
     def _collate(self, step: int, rows: list[list[Sample]]) -> dict[str, np.ndarray]:
         length, num_images = self.schedule.step_shape(step)
@@ -227,8 +246,10 @@ class Pipeline:
     def _fingerprint(self) -> str:
         """Hex digest of all that the batch of a step depends on, except for what the image files hold."""
         config = self.config
+        sizes = np.stack([self.measured.lengths, self.measured.num_tiles])  # they decide the plan of rows
         parts = self._reader.settings() | {
-            "unusable": sorted(self.bad_samples.before_training),
+            "sizes": hashlib.sha256(sizes.astype("<i4").tobytes()).hexdigest(),
+            "usable": hashlib.sha256(self._usable.astype("<i8").tobytes()).hexdigest(),
             "batch_size": config.batch_size,
             "shuffle": config.shuffle,
             "group_by_modality_length": config.group_by_modality_length,

@@ -91,7 +91,7 @@ def _serve() -> None:
         while True:
             item = pickle.load(requests)
             answers.write(pickle.dumps(function(item)))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, BrokenPipeError, pickle.UnpicklingError):  # the caller is gone, perhaps amid a request
         return
     except UserError as error:
         answers.write(pickle.dumps(error))

@@ -1,7 +1,9 @@
 """Whether data can be trained on: what is wrong with samples, and how much of that a run puts up with."""
 
+import json
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +12,7 @@ from llava_jax.data.dataset import Dataset
 from llava_jax.data.measuring import Measurements
 from llava_jax.data.records import raise_problems
 from llava_jax.errors import DataError
+from llava_jax.metrics import write_atomically
 
 MAX_USELESS_SHARE = 0.1
 _MOST_NAMED_BY_ID = (
@@ -90,27 +93,50 @@ def _require_useful(config: DataConfig, num_supervised: np.ndarray, where: str) 
 
 
 class BadSamples:
-    """Samples whose images turned out unusable during training, and what took their place."""
+    """Samples that are left out, or whose images turned out unusable and what took their place.
 
-    def __init__(self, config: DataConfig, num_samples: int, before_training: dict[int, str]):
-        self.before_training = before_training
+    The report is kept in a file, one JSON object per line, so that a run that continues still counts what it
+    found before.
+    """
+
+    def __init__(
+        self, config: DataConfig, num_samples: int, left_out: dict[int, str], report: Path | None = None
+    ):
         self._config = config
         self._num_samples = num_samples
-        self._found: dict[int, dict] = {}
+        self._left_out = left_out
+        self._path = report
+        self._replaced: dict[int, dict] = _read_replaced(report) if report and report.exists() else {}
         self._lock = threading.Lock()
 
-    def add(self, id: int, problem: str, replacement: str) -> None:
-        """Notes a sample; raises DataError if there are too many by now."""
+    def add(self, id: int, problem: str, replacement: str | None) -> None:
+        """Notes that a sample was replaced, by nothing if None; raises DataError if there are too many by now."""
         with self._lock:
-            self._found[id] = {"problem": problem, "replaced_by": replacement}
-            count = len(self._found) + len(self.before_training)
+            if id not in self._replaced:
+                self._replaced[id] = {"sample": id, "problem": problem, "replaced_by": replacement}
+                self._write()
+            count = len(self._replaced) + len(self._left_out)
         _require_few(self._config, count, self._num_samples, problem)
 
     def report(self) -> list[dict]:
-        """One row for each sample that was left out or replaced, in the order of the data."""
-        left_out = {id: {"problem": problem} for id, problem in self.before_training.items()}
+        """One row for each sample that is left out or was replaced, in the order of the data."""
+        left_out = {id: {"sample": id, "problem": problem} for id, problem in self._left_out.items()}
+        return [row for _, row in sorted((left_out | self._replaced).items())]
+
+    def write(self) -> None:
+        """Writes the report, if there is anything to tell."""
         with self._lock:
-            return [row for _, row in sorted((left_out | self._found).items())]
+            self._write()
+
+    def _write(self) -> None:
+        rows = self.report()
+        if self._path and rows:
+            write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _read_replaced(path: Path) -> dict[int, dict]:
+    rows = map(json.loads, path.read_text().splitlines())
+    return {row["sample"]: row for row in rows if "replaced_by" in row}
 
 
 def _require_few(config: DataConfig, count: int, total: int, problem: str) -> None:

@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from llava_jax.config import one_of
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.errors import ConfigError, DataError
+from llava_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +179,6 @@ TEMPLATES = {
 
 
 def get_template(name: str) -> Template:
-    """The template of that name; raises DataError listing the known ones."""
-    if name not in TEMPLATES:
-        raise DataError(f"data.template={name!r} is not known; choose one of {', '.join(TEMPLATES)}.")
+    """The template of that name; raises ConfigError listing the known ones."""
+    one_of("data.template", name, tuple(TEMPLATES))
     return TEMPLATES[name]

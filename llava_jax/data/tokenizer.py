@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from llava_jax.data.tokenizer_model import SentencePieceTokenizer
-from llava_jax.errors import DataError
+from llava_jax.errors import ConfigError, DataError
 
 
 class Tokenizer(Protocol):
@@ -66,6 +66,15 @@ def load_tokenizer(path: str, extra_tokens: Sequence[str] = ()) -> Tokenizer:
         add_bos=settings is None or settings.get("add_bos_token") is not False,
         extra_tokens=extra_tokens,
     )
+
+
+def require_room(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ConfigError if a model's embedding has fewer rows than the tokenizer has tokens."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model's embedding only "
+            f"model.text.vocab_size={vocab_size}; use the tokenizer that belongs to the decoder."
+        )
 
 
 def _find(path: str) -> str:
