@@ -44,8 +44,8 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     """Trains a stage to its last step, which is saved, and returns its results.
 
     What an earlier run did of it, evaluation included, is not done again. `weights` is the model before the stage.
-    Raises CheckpointError when the newest checkpoint cannot be
-    continued, DivergedError when the loss is no longer a number.
+    Raises CheckpointError when the newest checkpoint cannot be continued, DivergedError when the loss is no
+    longer a number.
     """
     checkpoints = Checkpoints(stage.checkpoints, stage.config.checkpoint)
     try:
