@@ -119,7 +119,7 @@ def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
         (["--config.stages.finetune.optimizer.learning_rate=fast"], 10, "fast"),
         (["--confg=x"], 10, "config"),
         (["--config.optimizer.learning_rate=1e-5"], 10, "it may be stages.NAME.optimizer"),
-        (["--config.stages.finetune.data.template=v9"], 11, "data.template='v9' is not known"),
+        (["--config.stages.finetune.data.template=v9"], 10, "data.template='v9' is not one of"),
         (["extra"], 10, "Unexpected argument 'extra'"),
         (["--config.init.model=/nowhere"], 10, "init.model=/nowhere does not exist"),
         (["--workdir=/proc/run"], 12, "/proc/run cannot be written"),
