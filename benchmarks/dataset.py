@@ -46,6 +46,7 @@ FOLDERS = {  # where the images of parts of MIX lie, and how many the full size 
 COCO = ("coco/train2017", 118_000)  # those of all others
 # As many tokens per image as in LLaVA-1.5, of far smaller images.
 MODEL = ModelConfig(vision=VisionConfig(image_size=24, patch_size=1))
+IMAGES = ImageProcessor(MODEL)
 PACKED = {"packing": True, "batch_size": 16}  # about as many samples as the other's 128 rows
 GROUPED = {"group_by_modality_length": True, "batch_size": 128}
 
@@ -236,10 +237,10 @@ def open_list(config: DataConfig) -> dict:
     return {"seconds": laps.seconds, "mb": laps.mb, "access_us": access_us}
 
 
-def make_reader(config: DataConfig) -> SampleReader:
+def make_reader(config: DataConfig, images: ImageProcessor = IMAGES) -> SampleReader:
     dataset, _ = open_datasets(config, seed=0)
     tokenizer = load_tokenizer(os.path.join(os.path.dirname(config.path), "tokenizer.model"))
-    return SampleReader(dataset, config, tokenizer, BlankImages(MODEL))
+    return SampleReader(dataset, config, tokenizer, images)
 
 
 def measure_some(config: DataConfig, num_processes: int) -> dict:
@@ -275,7 +276,7 @@ def fill_cache(config: DataConfig) -> None:
 def start(config: DataConfig) -> dict:
     """What a run pays from the files to its first batch, lengths being known."""
     laps = Laps()
-    reader = make_reader(config)
+    reader = make_reader(config, BlankImages(MODEL))
     laps.take("open the list")
     pipeline = Pipeline(config, reader.dataset, tokenizer=reader.tokenizer, images=reader.images, seed=0)
     laps.take("build the pipeline")
