@@ -46,7 +46,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         if "--debug" in argv:
             raise
-        _fail(f"{_summary(error)} (--help lists the flags.)", 10)
+        _fail(f"{_summary(error)} (--help lists the flags, docs/recipes.md the settings.)", 10)
     if len(rest) > 1:
         _fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 10)
     return rest
@@ -57,13 +57,22 @@ def _summary(error: Exception) -> str:
     message = str(error.args[0] if error.args else error)
     if "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
-    with contextlib.suppress(SyntaxError, ValueError):
-        message = str(
-            ast.literal_eval(message)
-        )  # a KeyError's message: quoted, with its line ends spelled out
-    if isinstance(error, KeyError) and message.isidentifier():
-        return f"The recipe has no setting {message!r}. In a recipe of several stages it may be stages.NAME.{message}."
+    for _ in range(
+        2
+    ):  # a KeyError's message is quoted with its line ends spelled out, and it may lie in another's
+        with contextlib.suppress(SyntaxError, ValueError):
+            message = str(ast.literal_eval(message))
+    if message.isidentifier():
+        return _no_setting(message)
     return " ".join(message.split())
+
+
+def _no_setting(key: str) -> str:
+    from llava_jax.config import keys_like
+
+    near = keys_like(key)
+    hint = f" Did you mean --config.{near[0]}?" if near else ""
+    return f"The recipe has no setting {key!r} there.{hint} In a recipe of several stages it may be stages.NAME.{key}."
 
 
 def _end_with_errors(main: Callable[[], None], interrupted: str) -> None:

@@ -489,13 +489,13 @@ def build(cls: type, fields: dict[str, Any], prefix: str):
     types_by_name = typing.get_type_hints(cls)
     for key in fields:
         if key not in types_by_name:
-            near = difflib.get_close_matches(key, types_by_name, n=1) or _keys_elsewhere(key)
+            near = difflib.get_close_matches(key, types_by_name, n=1) or keys_like(key)
             hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(types_by_name))}."
             raise ConfigError(f"Unknown key {prefix + key!r}.{hint}")
     return cls(**{key: _convert(types_by_name[key], value, prefix + key) for key, value in fields.items()})
 
 
-def _keys_elsewhere(key: str) -> list[str]:
+def keys_like(key: str) -> list[str]:
     """Full names in the schema that end in (nearly) this key."""
     names = {}
 

@@ -20,16 +20,19 @@ def write_training(workdir: Path, results: dict[str, dict], rows: list[dict]) ->
         summary["stages"] = dict(earlier)
     write_json(workdir / "train_results.json", summary)
     write_json(workdir / "all_results.json", summary)
+    if "eval_loss" in last[1]:
+        write_json(workdir / "eval_results.json", {"eval_loss": last[1]["eval_loss"]})
     if rows:
         plot_loss(rows, workdir / "training_loss.png")
 
 
 def write_evaluation(workdir: Path, results: dict, answered: list[dict]) -> None:
     """Writes eval_results.json and predictions.jsonl, and adds the results to all_results.json."""
-    write_json(workdir / "eval_results.json", results)
-    write_atomically(workdir / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in answered))
     together = json.loads((workdir / "all_results.json").read_text()) | results
     write_json(workdir / "all_results.json", together)
+    loss = {key: value for key, value in together.items() if key == "eval_loss"}
+    write_json(workdir / "eval_results.json", loss | results)
+    write_atomically(workdir / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in answered))
 
 
 def write_model_card(workdir: Path, recipe: Recipe, summaries: dict[str, dict]) -> None:
@@ -71,7 +74,7 @@ def _stage_row(stage: str, config: Config, summary: dict, result: dict) -> str:
     )
     cells = (
         stage or config.name,
-        f"`{os.path.basename(config.data.path)}`",
+        f"`{os.path.basename(config.data.path) or config.data.dataset}`",
         f"{summary['samples']:,}",
         config.data.template,
         trains,

@@ -135,6 +135,7 @@ class Alpaca:
 Format = Chat | Alpaca
 LLAVA = Chat(system_tag="")  # the original refuses such a turn
 FORMATS = {
+    "llava": LLAVA,
     "alpaca": Alpaca(),
     "sharegpt": Chat(),
     "openai": Chat(
