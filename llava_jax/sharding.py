@@ -99,9 +99,14 @@ def num_row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch's arrays [accumulation, rows, ...]."""
+    return NamedSharding(mesh, PartitionSpec(None, ROWS))
+
+
 def place_batch(mesh: Mesh, batch: dict) -> dict:
     """Puts a batch of arrays [accumulation, rows, ...] on the devices, rows spread out."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, ROWS)))
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:

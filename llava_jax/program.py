@@ -1,0 +1,102 @@
+"""What a stage runs on its devices: the network, what trains of it, and the compiled steps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from llava_jax.config import Config
+from llava_jax.optimizer import is_trainable, make_optimizer
+from llava_jax.sharding import (
+    batch_sharding,
+    constrain_rows,
+    parameter_sharding,
+    replicated,
+    state_shardings,
+)
+from llava_jax.step import TrainState, abstract_model, make_eval_step, make_train_step, model_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The programs of one stage on one mesh, and the shapes, dtypes and shardings of what they take.
+
+    Nothing is allocated here: the mesh may consist of devices that are only described.
+    """
+
+    config: Config
+    mesh: Mesh
+    num_steps: int  # optimizer steps of the stage; schedules end there
+
+    @functools.cached_property
+    def _model(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+        return abstract_model(self.config.model, **model_settings(self.config, constrain_rows(self.mesh)))
+
+    @functools.cached_property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optimizer, self.num_steps)
+
+    def abstract_trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters that train, float32."""
+        return {
+            name: self._abstract(name, leaf.shape, jnp.float32)
+            for name, leaf in self._model[1].items()
+            if is_trainable(name, self.config.tune)
+        }
+
+    def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The other parameters, in train.frozen_dtype."""
+        return {
+            name: self._abstract(name, leaf.shape, jnp.dtype(self.config.train.frozen_dtype))
+            for name, leaf in self._model[1].items()
+            if not is_trainable(name, self.config.tune)
+        }
+
+    def abstract_state(self) -> TrainState:
+        """What a train step takes and gives back, and what a checkpoint holds."""
+        trainable = self.abstract_trainable()
+        opt_state = jax.eval_shape(self._optimizer.init, trainable)
+        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            state_shardings(self.mesh, state),
+        )
+
+    def abstract_batch(self, length: int, num_images: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of a step whose rows have `length` tokens and `num_images` image slots."""
+        train, size = self.config.train, self.config.model.vision.image_size
+        rows = (train.accumulation_steps, self.config.data.batch_size // train.accumulation_steps)
+        keys = ["tokens", "labels", "positions", "segment_ids"]
+        if self.config.data.image_aspect_ratio == "anyres":
+            keys.append("feature_ids")
+        sharding = batch_sharding(self.mesh)
+        batch = {key: jax.ShapeDtypeStruct((*rows, length), jnp.int32, sharding=sharding) for key in keys}
+        images = jax.ShapeDtypeStruct((*rows, num_images, size, size, 3), jnp.uint8, sharding=sharding)
+        return batch | {"images": images}
+
+    def new_state(self, trainable: dict[str, jax.Array]) -> TrainState:
+        """The state before the first step."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        init = jax.jit(self._optimizer.init, out_shardings=shardings.opt_state)
+        return TrainState(jax.device_put(jnp.int32(0), shardings.step), trainable, init(trainable))
+
+    def train_step(self):
+        """step(state, frozen, batch) -> (state, metrics), jitted; see `make_train_step`. Donates the state."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        return jax.jit(
+            make_train_step(self._model[0], self._optimizer, self.config.loss),
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(self.mesh)),
+        )
+
+    def eval_step(self):
+        """step(parameters, batch) -> (sum of losses, supervised tokens), jitted; see `make_eval_step`."""
+        return jax.jit(make_eval_step(self._model[0], self.config.loss))
+
+    def _abstract(self, name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(self.mesh, name, shape))

@@ -1,0 +1,108 @@
+"""What a stage tells while it trains: rows of metrics and the progress line."""
+
+import dataclasses
+import math
+import time
+
+import jax
+import numpy as np
+
+from llava_jax.config import Config
+from llava_jax.data.pipeline import Pipeline
+from llava_jax.errors import DivergedError
+from llava_jax.metrics import MetricsLog, Progress
+from llava_jax.optimizer import learning_rates, make_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """A step that is not logged yet; its metrics may still be on their way from the device."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    num_tokens: int
+    num_images: int
+    data_wait: float
+
+
+class Recorder:
+    """Logs every `log_steps` steps as one row, one step late so that devices never wait."""
+
+    def __init__(
+        self, stage: str, config: Config, data: Pipeline, log: MetricsLog, first_step: int, num_steps: int
+    ):
+        self.stage = stage
+        self.config = config
+        self.data = data
+        self.log = log
+        self.progress = Progress(stage, num_steps, first_step)
+        self.schedule = make_schedule(config.optimizer, num_steps)
+        self.pending: list[_Done] = []
+        self.num_bad_samples = 0
+        self.since = time.monotonic()
+
+    def add(self, step: int, metrics: dict, data_wait: float) -> None:
+        if self.pending and self.pending[-1].step % self.config.train.log_steps == 0:
+            self.flush()
+        num_tokens, num_images = self.data.count(step - 1)
+        self.pending.append(_Done(step, metrics, num_tokens, num_images, data_wait))
+
+    def flush(self) -> None:
+        """Logs what is pending: means and rates over its steps, the learning rate of the last."""
+        if not self.pending:
+            return
+        metrics = [jax.device_get(done.metrics) for done in self.pending]
+        for done, values in zip(self.pending, metrics, strict=True):
+            self._check_finite(done.step, float(values["loss"]))
+        now = time.monotonic()
+        seconds, self.since = max(now - self.since, 1e-9), now
+        step = self.pending[-1].step
+        row = {"stage": self.stage} if self.stage else {}
+        row |= {
+            "step": step,
+            "epoch": round(step / self.data.steps_per_epoch, 4),
+            "loss": float(np.mean([values["loss"] for values in metrics])),
+            "grad_norm": float(np.mean([values["grad_norm"] for values in metrics])),
+            **self._learning_rates(step),
+            "num_supervised_tokens": int(sum(values["num_supervised_tokens"] for values in metrics)),
+            "tokens_per_second": sum(done.num_tokens for done in self.pending) / seconds,
+            "images_per_second": sum(done.num_images for done in self.pending) / seconds,
+            "data_wait": sum(done.data_wait for done in self.pending) / seconds,
+            "seconds": seconds,
+        }
+        self.pending = []
+        self.log.append(row)
+        self.progress.show(row)
+        self._tell_bad_samples()
+
+    def log_evaluation(self, step: int, loss: float) -> None:
+        """Logs the loss on the data that was kept out of training."""
+        row = {"stage": self.stage} if self.stage else {}
+        self.log.append(row | {"step": step, "eval_loss": loss})
+        print(f"{self.stage or 'step'} {step}: eval_loss {loss:.4f}", flush=True)
+
+    def _tell_bad_samples(self) -> None:
+        count = len(self.data.bad_samples.report())
+        if count > self.num_bad_samples:
+            self.num_bad_samples = count
+            print(f"{count:,} samples could not be used; bad_samples.jsonl tells which", flush=True)
+
+    def _learning_rates(self, step: int) -> dict[str, float]:
+        """`learning_rate`, and each module's own where they differ."""
+        config, share = self.config, float(self.schedule(step - 1))
+        rates = {
+            module: share * rate
+            for module, rate in learning_rates(config.optimizer).items()
+            if getattr(config.tune, module)
+        }
+        common = {"learning_rate": rates.get("language_model", max(rates.values()))}
+        if len(set(rates.values())) == 1:
+            return common
+        return common | {f"learning_rate_{module}": rate for module, rate in rates.items()}
+
+    def _check_finite(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"The loss of {self.stage or 'the run'} is {loss} at step {step}. No checkpoint was made of it; "
+                "lower optimizer.learning_rate or set optimizer.max_grad_norm=1.0 and run again."
+            )
