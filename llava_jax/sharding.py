@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.config import ConfigError, MeshConfig
@@ -104,9 +105,35 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, ROWS))
 
 
+def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Which rows of a microbatch of `num_rows` this process's devices hold: int64[B], ascending.
+
+    Processes hold the same rows where `tensor` spans them. Raises ConfigError when the rows cannot be spread over
+    the mesh, or when two processes would hold some of their rows in common and others not.
+    """
+    shards = num_row_shards(mesh)
+    if num_rows % shards:
+        raise ConfigError(
+            f"data.batch_size / train.accumulation_steps = {num_rows} rows cannot be spread evenly over the mesh's "
+            f"{shards} row shards (mesh.data x mesh.fsdp); choose a multiple of {shards}."
+        )
+    processes = np.array([device.process_index for device in mesh.devices.flat]).reshape(shards, -1)
+    own = processes == jax.process_index()
+    holders = {tuple(np.unique(shard)) for shard in processes}
+    if sum(map(len, holders)) != len(np.unique(processes)):
+        raise ConfigError(
+            f"mesh.tensor={processes.shape[1]} cuts across the {own.sum()} devices of a process; choose a divisor or "
+            "a multiple of their number."
+        )
+    return np.flatnonzero(own.any(axis=1).repeat(num_rows // shards))
+
+
 def place_batch(mesh: Mesh, batch: dict) -> dict:
-    """Puts a batch of arrays [accumulation, rows, ...] on the devices, rows spread out."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """Puts a batch of arrays [accumulation, rows, ...] on the devices, rows spread out.
+
+    `batch` holds this process's rows: `own_rows` of each microbatch.
+    """
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
 
 
 def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:

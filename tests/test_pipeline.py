@@ -145,7 +145,7 @@ def test_the_rows_of_all_processes_are_the_rows_of_one(folder, tokenizer, settin
         return list(make(folder, tokenizer, seven_records() * 3, **settings_).iterate(0, 3))
 
     one = batches()
-    several = [batches(process_index=index, process_count=process_count) for index in range(process_count)]
+    several = [batches(own_rows=rows) for rows in np.split(np.arange(4), process_count)]
     for step, whole in enumerate(one):
         parts = [batches[step] for batches in several]
         assert_equal(whole, {key: np.concatenate([part[key] for part in parts], axis=1) for key in whole})
@@ -185,10 +185,8 @@ def test_a_packed_row_holds_samples_one_after_the_other(folder, tokenizer):
 def test_processes_agree_on_shapes_when_their_rows_differ(folder, tokenizer):
     records = [record(0), record(1, ["0.png", "1.png"], answer="cat " * 200)]
     shapes = []
-    for index in range(2):
-        pipeline = make(
-            folder, tokenizer, records, batch_size=2, shuffle=False, process_index=index, process_count=2
-        )
+    for row in range(2):
+        pipeline = make(folder, tokenizer, records, batch_size=2, shuffle=False, own_rows=np.array([row]))
         shapes.append({key: value.shape for key, value in pipeline.batch(0).items()})
     assert shapes[0] == shapes[1]
     assert shapes[0]["images"] == (1, 1, 2, 8, 8, 3)
@@ -201,11 +199,20 @@ def test_accumulation_only_arranges_rows(folder, tokenizer):
     assert_equal(whole, {key: value.reshape(1, 4, *value.shape[2:]) for key, value in split.items()})
 
 
+def test_a_process_may_hold_rows_that_are_not_neighbours(folder, tokenizer):
+    pipelines = [
+        make(folder, tokenizer, seven_records(), batch_size=8, accumulation_steps=2, own_rows=own_rows)
+        for own_rows in (None, np.array([0, 3]))
+    ]
+    whole, part = (pipeline.batch(0) for pipeline in pipelines)
+    assert_equal(part, {key: value[:, [0, 3]] for key, value in whole.items()})
+
+
 def test_rows_that_cannot_be_dealt_out_evenly_are_refused(folder, tokenizer):
     with pytest.raises(
-        ConfigError, match=r"data\.batch_size=4 is not a multiple of train\.accumulation_steps=1 times the 3"
+        ConfigError, match=r"data\.batch_size=4 is not a multiple of train\.accumulation_steps=3"
     ):
-        make(folder, tokenizer, seven_records(), process_count=3)
+        make(folder, tokenizer, seven_records(), accumulation_steps=3)
 
 
 def test_a_batch_of_text_has_no_image_slots(folder, tokenizer):

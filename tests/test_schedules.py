@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_jax.data.batching import epoch_order, process_rows
+from llava_jax.data.batching import epoch_order, rows_of_step
 from llava_jax.data.schedules import PackedSchedule, PaddedSchedule, grouped_order
 
 KINDS = ("shuffled", "grouped", "packed")
@@ -66,13 +66,8 @@ def test_processes_together_load_the_rows_of_a_step_whatever_their_number(
             assert [row.tolist() for row in again.step_rows(step)] == rows
             for process_count in (1, 2, 4, 8):
                 parts = [
-                    process_rows(
-                        np.arange(32),
-                        accumulation_steps=accumulation_steps,
-                        process_index=index,
-                        process_count=process_count,
-                    )
-                    for index in range(process_count)
+                    rows_of_step(own_rows, batch_size=32, accumulation_steps=accumulation_steps)
+                    for own_rows in np.split(np.arange(32 // accumulation_steps), process_count)
                 ]
                 places = np.concatenate(parts, axis=1)
                 assert places.ravel().tolist() == list(range(32))

@@ -1,5 +1,9 @@
 """Steps on eight CPU devices against one device, and what each device holds."""
 
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -18,6 +22,7 @@ from llava_jax.sharding import (
     constrain_rows,
     make_mesh,
     num_row_shards,
+    own_rows,
     parameter_sharding,
     place_batch,
     state_shardings,
@@ -119,6 +124,68 @@ def test_one_axis_of_the_mesh_takes_what_is_left():
 def test_meshes_that_cannot_be_are_refused(sizes, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(MeshConfig(*sizes))
+
+
+ONE_OF_TWO_PROCESSES = """
+import sys
+import jax, numpy as np
+from llava_jax.config import ConfigError, MeshConfig
+from llava_jax.sharding import make_mesh, own_rows, place_batch
+
+index = int(sys.argv[1])
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", num_processes=2, process_id=index)
+whole = {"tokens": np.arange(2 * 16 * 3).reshape(2, 16, 3), "images": np.zeros((2, 16, 0, 4, 4, 3), np.uint8)}
+first, second = (jax.devices()[:4], jax.devices()[4:])
+interleaved = [device for pair in zip(first, second) for device in pair]
+halves = {0: [0, 1, 2, 3, 4, 5, 6, 7], 1: [8, 9, 10, 11, 12, 13, 14, 15]}
+for sizes, devices, expected in (
+    ((1, 8, 1), None, halves[index]),
+    ((2, 2, 2), None, halves[index]),
+    ((1, 1, 8), None, list(range(16))),
+    ((4, 2, 1), interleaved, [row for row in range(16) if row // 2 % 2 == index]),
+):
+    mesh = make_mesh(MeshConfig(*sizes), devices)
+    rows = own_rows(mesh, 16)
+    assert rows.dtype == np.int64 and rows.tolist() == expected, (sizes, rows)
+    placed = place_batch(mesh, {key: value[:, rows] for key, value in whole.items()})
+    for key, array in placed.items():
+        assert array.shape == whole[key].shape, (key, array.shape)
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[key][shard.index])
+try:
+    own_rows(make_mesh(MeshConfig(1, 2, 3), first[:3] + second[:3]), 16)
+    own_rows(make_mesh(MeshConfig(1, 3, 2), first[:3] + second[:3]), 12)
+except ConfigError as error:
+    assert "mesh.tensor=2 cuts across the 3 devices of a process" in str(error), error
+    print("passed")
+"""
+
+
+def test_each_of_two_processes_places_the_rows_that_its_devices_hold():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_TWO_PROCESSES, str(index), str(port)],
+            env=os.environ | flags,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert out == "passed\n", err
+
+
+def test_rows_that_the_mesh_cannot_share_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"12 rows cannot be spread evenly .* 8 row shards .* multiple of 8"
+    ):
+        own_rows(make_mesh(MeshConfig(2, 4, 1)), 12)
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])

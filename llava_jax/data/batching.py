@@ -48,15 +48,13 @@ def sample_ids(step: int, *, order: np.ndarray, batch_size: int) -> np.ndarray:
     return np.concatenate([ids, np.full(batch_size - len(ids), PADDING, ids.dtype)])
 
 
-def process_rows(
-    ids: np.ndarray, *, accumulation_steps: int, process_index: int, process_count: int
-) -> np.ndarray:
-    """The part of a step's ids int64[batch_size] that one process loads -> int64[accumulation_steps, rows].
+def rows_of_step(own_rows: np.ndarray, *, batch_size: int, accumulation_steps: int) -> np.ndarray:
+    """Which rows of a step a process loads that holds the rows `own_rows` int64[B] of each of its microbatches.
 
-    Microbatches are consecutive, and the processes' rows side by side are a microbatch.
+    -> int64[accumulation_steps, B]. A step's microbatches follow one another.
     """
-    microbatches = ids.reshape(accumulation_steps, -1)
-    return np.split(microbatches, process_count, axis=1)[process_index]
+    first_rows = np.arange(0, batch_size, batch_size // accumulation_steps)
+    return first_rows[:, None] + own_rows
 
 
 def bucket_length(length: int, max_length: int) -> int:

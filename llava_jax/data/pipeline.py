@@ -37,7 +37,8 @@ class Pipeline:
 
     Building it measures every sample, so that each step's shapes are known and bad records are reported before
     training: DataError with the first of them and their number. Batches are functions of the step alone; nothing
-    has to be saved to resume. `report` is the file in which bad samples are told.
+    has to be saved to resume. `own_rows` int64[B] are the rows of a microbatch that this process loads (None: all).
+    `report` is the file in which bad samples are told.
     """
 
     def __init__(
@@ -49,27 +50,26 @@ class Pipeline:
         images: ImageProcessor,
         seed: int,
         accumulation_steps: int = 1,
-        process_index: int = 0,
-        process_count: int = 1,
+        own_rows: np.ndarray | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         report: Path | None = None,
     ):
-        if config.batch_size % (accumulation_steps * process_count):
+        if config.batch_size % accumulation_steps:
             raise ConfigError(
                 f"data.batch_size={config.batch_size} is not a multiple of train.accumulation_steps="
-                f"{accumulation_steps} times the {process_count} processes; change one of them."
+                f"{accumulation_steps}; change one of them."
             )
+        num_rows = config.batch_size // accumulation_steps
         self.config = config
         self.dataset = dataset
         self._images = images
         self._seed = seed
         self._accumulation_steps = accumulation_steps
-        self._own_rows = batching.process_rows(
-            np.arange(config.batch_size),
+        self._own_rows = batching.rows_of_step(
+            np.arange(num_rows) if own_rows is None else own_rows,
+            batch_size=config.batch_size,
             accumulation_steps=accumulation_steps,
-            process_index=process_index,
-            process_count=process_count,
-        ).ravel()  # of every step
+        ).ravel()
         self._reader = SampleReader(dataset, config, tokenizer, images)
         self.measured = measure(
             self._reader,
@@ -128,7 +128,7 @@ class Pipeline:
         return int(self.measured.lengths[ids].sum()), int(self.measured.num_images[ids].sum())
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's part of a step's batch.
+        """This process's rows of a step's batch.
 
         -> tokens, labels, positions, segment_ids int32[A, B, T], images uint8[A, B, M, H, W, 3] and, of tiled
         images, feature_ids int32[A, B, T], with A = accumulation steps and B = rows of a microbatch on this

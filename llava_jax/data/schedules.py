@@ -15,7 +15,7 @@ _EPOCHS_KEPT = 2  # loading reaches into the next epoch before the last one is d
 
 
 class Schedule(Protocol):
-    """The rows of every step, over all processes; `batching.process_rows` tells which are whose.
+    """The rows of every step, over all processes.
 
     Steps count from the start of training: the epoch of a step is step // steps_per_epoch.
     """
