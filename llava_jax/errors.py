@@ -35,3 +35,9 @@ class DivergedError(UserError):
     """The loss is no longer a number."""
 
     exit_code = 13
+
+
+class HangError(UserError):
+    """Something did not happen in its time."""
+
+    exit_code = 14

@@ -8,10 +8,14 @@ from pathlib import Path
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object per logged step; `stage` names the stage where a recipe has several."""
+    """`metrics.jsonl`: one JSON object per logged step; `stage` names the stage where a recipe has several.
 
-    def __init__(self, path: Path):
+    With `read_only` nothing is written: of several processes one writes.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
+        self.read_only = read_only
 
     def rows(self) -> list[dict]:
         """All rows; what a dying process wrote of a last one is left out."""
@@ -25,10 +29,14 @@ class MetricsLog:
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drops what an interrupted run logged beyond the checkpoint it resumes from."""
+        if self.read_only:
+            return
         kept = [row for row in self.rows() if row.get("stage", "") != stage or row["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict) -> None:
+        if self.read_only:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -83,7 +84,7 @@ class Program:
         """The state before the first step."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         init = jax.jit(self._optimizer.init, out_shardings=shardings.opt_state)
-        return TrainState(jax.device_put(jnp.int32(0), shardings.step), trainable, init(trainable))
+        return TrainState(jax.device_put(np.int32(0), shardings.step), trainable, init(trainable))
 
     def train_step(self):
         """step(state, frozen, batch) -> (state, metrics), jitted; see `make_train_step`. Donates the state."""

@@ -86,12 +86,12 @@ def _absolute(config: Config) -> dict:
 
 def _check_same_run(path: Path, asked: dict) -> None:
     try:
-        before = _flatten(json.loads(path.read_text())["stages"])
+        before = flatten(json.loads(path.read_text())["stages"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no run's settings ({error!r}); choose another --workdir."
         ) from error
-    now = _flatten(json.loads(json.dumps(asked["stages"])))
+    now = flatten(json.loads(json.dumps(asked["stages"])))
     differing = [
         f"{key}={now.get(key)!r} (was {before.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
@@ -105,8 +105,8 @@ def _check_same_run(path: Path, asked: dict) -> None:
         )
 
 
-def _flatten(stages: dict) -> dict:
-    """{"pretrain/optimizer.learning_rate": 0.001, ...}"""
+def flatten(stages: dict) -> dict:
+    """Settings of stages as one dict: {"pretrain/optimizer.learning_rate": 0.001, ...}."""
     flat = {}
 
     def visit(prefix, value):

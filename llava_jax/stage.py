@@ -17,6 +17,7 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError
 from llava_jax.metrics import MetricsLog
 from llava_jax.optimizer import MODULES, learning_rates
+from llava_jax.processes import from_first
 from llava_jax.program import Program
 from llava_jax.recorder import Recorder
 from llava_jax.sharding import parameter_sharding, place_batch
@@ -49,7 +50,9 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     checkpoints = Checkpoints(stage.checkpoints, stage.config.checkpoint)
     try:
         saved_step = checkpoints.latest_step()
-        evaluated = stage.evaluation is None or "eval_loss" in _results(stage, log)
+        evaluated = from_first(
+            "is evaluated", stage.evaluation is None or "eval_loss" in _results(stage, log)
+        )
         if saved_step != stage.num_steps or not evaluated:
             _print_plan(stage, weights, saved_step)
             _train(stage, before_stage(weights, stage.config), mesh, log, checkpoints)

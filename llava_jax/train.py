@@ -16,6 +16,11 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", lock_config=True, help_string="A recipe, e.g. configs/quickstart.py."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; default: runs/ and the recipe's name.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, where JAX cannot find it itself."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.mark_flag_as_required("config")
 
 
@@ -26,9 +31,14 @@ def main() -> None:
     stages = " -> ".join(name for name in recipe.stages if name) or "one stage"
     print(f"llava_jax: recipe {recipe.name} ({stages}), run directory {workdir}", flush=True)
 
-    from llava_jax.trainer import run  # imports JAX, which takes a few seconds
+    from llava_jax import processes  # imports JAX, which takes a few seconds
+    from llava_jax.trainer import run
 
-    run(recipe, workdir)
+    processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if not processes.is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end; one process tells what they all do
+    with processes.ending_together():
+        run(recipe, workdir)
 
 
 def use_huge_pages() -> None:

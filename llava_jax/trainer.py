@@ -1,13 +1,16 @@
 """Runs a recipe: its stages in order, then evaluation, export and the report."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from llava_jax import report
-from llava_jax.config import Config, ConfigError
+from llava_jax.config import Config, ConfigError, to_json
 from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.dataset import open_datasets
@@ -17,60 +20,110 @@ from llava_jax.data.tokenizer import Tokenizer, load_tokenizer, require_room
 from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import Counter, MetricsLog
+from llava_jax.processes import agree, code_version, is_first, together, wait_for_all
 from llava_jax.recipe import Recipe
-from llava_jax.run_directory import open_run_directory
-from llava_jax.sharding import make_mesh, num_row_shards
+from llava_jax.run_directory import flatten, open_run_directory
+from llava_jax.sharding import make_mesh, own_rows
 from llava_jax.stage import Stage, train_stage
 from llava_jax.weights import after_stage, checkpoint_directory, initial_weights
 
 
 def run(recipe: Recipe, workdir: Path) -> None:
     """Trains every stage of a recipe in `workdir`, or continues where an earlier run of it stopped."""
-    if recipe.prepare:
-        recipe.prepare()
+    with together("preparing"):
+        if recipe.prepare and is_first():
+            recipe.prepare()
     # Everything that can be found wrong is found here, before any training time is spent.
-    last = recipe.last
-    mesh = make_mesh(last.mesh)
-    weights = initial_weights(recipe.first)
-    tokenizer = _load_tokenizer(weights)
-    stages = [_make_stage(name, config, tokenizer, mesh, workdir) for name, config in recipe.stages.items()]
-    if last.evaluate.path:
-        check_questions(last, tokenizer)
-    if last.export.layout:
-        check_layout(last.model, last.export.layout)
-    with open_run_directory(recipe, workdir):
+    with together("checking"):
+        if recipe.prepare and not is_first():
+            recipe.prepare()  # which finds all done, unless the directory is another one here
+        last = recipe.last
+        mesh = make_mesh(last.mesh)
+        weights = initial_weights(recipe.first)
+        tokenizer = _load_tokenizer(weights)
+        stages = [
+            _make_stage(name, config, tokenizer, mesh, workdir) for name, config in recipe.stages.items()
+        ]
+        if last.evaluate.path:
+            check_questions(last, tokenizer)
+        if last.export.layout:
+            check_layout(last.model, last.export.layout)
+    agree(code_version() | _settings(recipe) | _fingerprints(stages))
+    with _open_run_directory(recipe, workdir):
         _run_stages(recipe, stages, weights, tokenizer, mesh, workdir)
+
+
+# What may differ between the processes of a run: the fingerprint tells whether they read the same data.
+_LOCAL_SETTINGS = (
+    "data.path",
+    "data.image_folder",
+    "data.dataset_dir",
+    "data.eval_path",
+    "data.cache_dir",
+    "init.",
+)
+
+
+def _settings(recipe: Recipe) -> dict[str, object]:
+    return {
+        key: value
+        for key, value in flatten({name: to_json(config) for name, config in recipe.stages.items()}).items()
+        if not key.partition("/")[2].startswith(_LOCAL_SETTINGS)
+    }
+
+
+def _fingerprints(stages: list[Stage]) -> dict[str, str]:
+    return {
+        f"the data of {stage.name or 'the run'}{' for evaluation' if data is stage.evaluation else ''}": data.fingerprint
+        for stage in stages
+        for data in (stage.pipeline, stage.evaluation)
+        if data
+    }
+
+
+@contextlib.contextmanager
+def _open_run_directory(recipe: Recipe, workdir: Path) -> Iterator[None]:
+    """Holds the run directory; process 0 does it for all."""
+    with contextlib.ExitStack() as held:
+        with together("opening the run directory"):
+            if is_first():
+                held.enter_context(open_run_directory(recipe, workdir))
+        with together("looking for the run directory"):
+            if not (workdir / "config.json").exists():
+                raise ConfigError(
+                    f"{workdir} is not the directory that process 0 has made under this name; --workdir must lie on storage "
+                    "that all hosts share (NFS, Filestore, a mounted bucket)."
+                )
+        yield
 
 
 def _run_stages(
     recipe: Recipe, stages: list[Stage], weights: ModelSource, tokenizer: Tokenizer, mesh: Mesh, workdir: Path
 ) -> None:
     last = recipe.last
-    log = MetricsLog(workdir / "metrics.jsonl")
+    log = MetricsLog(workdir / "metrics.jsonl", read_only=not is_first())
     results = {}
     for stage in stages:
         results[stage.name] = train_stage(stage, weights, mesh, log)
         weights = after_stage(weights, stage.config, stage.checkpoints)
-    report.write_training(workdir, results, log.rows())
+    if is_first():
+        report.write_training(workdir, results, log.rows())
     if last.evaluate.path:
         generator = Generator(weights, tokenizer, mesh, template=last.data.template, dtype=last.train.dtype)
         evaluation, answered = evaluate(generator, last.evaluate)
-        report.write_evaluation(workdir, evaluation, answered)
-        draw_samples(answered, last.evaluate.image_folder, workdir / "samples.png")
+        if is_first():
+            report.write_evaluation(workdir, evaluation, answered)
+            draw_samples(answered, last.evaluate.image_folder, workdir / "samples.png")
         print("\n".join(f"{name:<28} {value:.4g}" for name, value in evaluation.items()), flush=True)
-    report.write_model_card(workdir, recipe, {stage.name: stage.pipeline.summary() for stage in stages})
-    if last.export.layout:
-        _export(weights, last, workdir / "export")
+    if is_first():
+        report.write_model_card(workdir, recipe, {stage.name: stage.pipeline.summary() for stage in stages})
+        if last.export.layout:
+            _export(weights, last, workdir / "export")
     print(f"Done: {workdir}", flush=True)
+    wait_for_all("the end of the run", timeout=6 * 3600.0)  # process 0 may have an export to write
 
 
 def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Stage:
-    rows, shards = config.data.batch_size // config.train.accumulation_steps, num_row_shards(mesh)
-    if rows % shards:
-        raise ConfigError(
-            f"data.batch_size / train.accumulation_steps = {rows} rows cannot be spread evenly over the mesh's {shards} "
-            f"row shards (mesh.data x mesh.fsdp); choose a multiple of {shards}."
-        )
     training, evaluation = open_datasets(config.data, config.seed)
     make = partial(
         Pipeline,
@@ -79,9 +132,12 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, wor
         images=ImageProcessor.from_config(config.data, config.model),
         seed=config.seed,
         accumulation_steps=config.train.accumulation_steps,
+        own_rows=own_rows(mesh, config.data.batch_size // config.train.accumulation_steps),
         progress=Counter(f"{name} measuring samples:".strip()),
     )
     suffix = f"_{name}" if name else ""
+    if not is_first():
+        suffix += f"_process_{jax.process_index()}"
     return Stage(
         name,
         config,

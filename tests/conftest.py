@@ -10,7 +10,8 @@ import pytest
 
 from llava_jax.config import Config
 from llava_jax.quickstart.dataset import prepare
-from llava_jax.recipe import default_config, parse
+from llava_jax.recipe import parse
+from tests.tiny_recipe import get_config as tiny_recipe_of
 
 
 @pytest.fixture(scope="session")
@@ -24,37 +25,7 @@ def shapes_dataset(tmp_path_factory) -> str:
 @pytest.fixture
 def tiny_recipe(shapes_dataset):
     """A one-stage recipe that trains in seconds; tests change what they need and parse it."""
-    config = default_config()
-    config.name = "tiny"
-    config.model.vision.update(
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-    )
-    config.model.text.update(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-    )
-    config.init.tokenizer = f"{shapes_dataset}/tokenizer.model"
-    config.data.path = f"{shapes_dataset}/finetune.json"
-    config.data.image_folder = f"{shapes_dataset}/images"
-    config.data.max_length = 192
-    config.data.batch_size = 8
-    config.data.num_threads = 2
-    config.data.cache_dir = ""
-    config.optimizer.learning_rate = 1e-3
-    config.train.update(max_steps=4, dtype="float32", frozen_dtype="float32", remat="none", log_steps=1)
-    config.mesh.update(data=1, fsdp=1, tensor=1)
-    return config
+    return tiny_recipe_of(shapes_dataset)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ COMMANDS = ("train", "generate", "evaluate", "check_data")
 # A file may import from its own line and the lines above it.
 FLOORS = (
     ("__init__", "errors", "config", "recipe", "metrics", "commands"),
-    ("kernels", "sharding"),
+    ("kernels", "sharding", "processes"),
     ("models", "data", "optimizer"),
     ("convert", "step", "recorder", "quickstart"),
     ("checkpoint", "program"),
