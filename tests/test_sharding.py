@@ -71,13 +71,6 @@ STAGE1 = TuneConfig(language_model=False)
 ROWS = 16
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_gathered_for_want_of_a_better_plan(capfd):
-    """XLA says on stderr where it could not go from one sharding to another but through whole arrays."""
-    yield
-    assert "Involuntary full rematerialization" not in capfd.readouterr().err
-
-
 def make_config(sizes, zero=3, *, accumulation=1, tune=None, offload=False, dtype="float32") -> Config:
     return Config(
         model=MODEL,
@@ -238,9 +231,24 @@ def test_frozen_weights_have_no_gradients_to_reduce_and_no_copies_in_float32():
         assert f"{weights[0]}x{weights[1]}xf32>" not in lowered.as_text(), weights
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2)], ids=str)
-def test_only_weights_and_gradients_travel_and_logits_are_never_whole(sizes):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 8, 1),
+        (1, 4, 2),
+        pytest.param(
+            (2, 2, 2),
+            marks=pytest.mark.xfail(
+                strict=True, reason="the network does not say how the tokens' embeddings lie"
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_only_weights_and_gradients_travel_and_logits_are_never_whole(sizes, capfd):
     hlo = lower(make_config(sizes, dtype="bfloat16")).compile().as_text()
+    # What XLA says when it cannot go from one sharding to another but through the whole array.
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
     rows = ROWS // (sizes[0] * sizes[1])
     gathered = [shape for dtype, shape in collectives(hlo)["all-gather"] if T in shape and dtype != "s32"]
     assert all(math.prod(shape) <= rows * T * D for shape in gathered), gathered
