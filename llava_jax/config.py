@@ -401,11 +401,25 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one may be -1 and takes what is left. fsdp is the counterpart of ZeRO-3."""
+    """Devices per mesh axis; one may be -1 and takes what is left. What fsdp splits is `sharding.zero`'s to say."""
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """What mesh.fsdp splits of the training state, in DeepSpeed's words."""
+
+    zero: int = 3  # 3: parameters, gradients, moments; 2: gradients, moments; 1: moments
+    offload_moments: bool = False  # between steps the moments lie in the host's memory
+
+    def __post_init__(self):
+        require(
+            self.zero in (1, 2, 3),
+            f"sharding.zero={self.zero} is none of DeepSpeed's stages 1, 2 and 3; to split nothing set mesh.fsdp=1.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -450,6 +464,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    sharding: ShardingConfig = ShardingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
 

@@ -1,20 +1,23 @@
 """What a stage runs on its devices: the network, what trains of it, and the compiled steps."""
 
 import dataclasses
-import functools
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llava_jax.config import Config
 from llava_jax.optimizer import is_trainable, make_optimizer
 from llava_jax.sharding import (
     batch_sharding,
+    check_model,
+    constrain_gradients,
     constrain_rows,
+    moment_sharding,
     parameter_sharding,
     replicated,
     state_shardings,
@@ -26,20 +29,29 @@ from llava_jax.step import TrainState, abstract_model, make_eval_step, make_trai
 class Program:
     """The programs of one stage on one mesh, and the shapes, dtypes and shardings of what they take.
 
-    Nothing is allocated here: the mesh may consist of devices that are only described.
+    Nothing is allocated here: the mesh may consist of devices that are only described. Raises ConfigError when the
+    mesh cannot hold the model.
     """
 
     config: Config
     mesh: Mesh
     num_steps: int  # optimizer steps of the stage; schedules end there
 
-    @functools.cached_property
+    def __post_init__(self):
+        shapes = {name: leaf.shape for name, leaf in self._model[1].items()}
+        check_model(self.mesh, self.config.model, shapes)
+
+    @cached_property
     def _model(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
         return abstract_model(self.config.model, **model_settings(self.config, constrain_rows(self.mesh)))
 
-    @functools.cached_property
+    @cached_property
     def _optimizer(self) -> optax.GradientTransformation:
         return make_optimizer(self.config.optimizer, self.num_steps)
+
+    def parameter_sharding(self, name: str, shape: tuple[int, ...]) -> NamedSharding:
+        """Where a parameter lies, trainable or frozen."""
+        return parameter_sharding(self.mesh, name, shape, zero=self.config.sharding.zero)
 
     def abstract_trainable(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The parameters that train, float32."""
@@ -61,12 +73,13 @@ class Program:
         """What a train step takes and gives back, and what a checkpoint holds."""
         trainable = self.abstract_trainable()
         opt_state = jax.eval_shape(self._optimizer.init, trainable)
-        state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state)
-        return jax.tree.map(
+        opt_state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state,
-            state_shardings(self.mesh, state),
+            opt_state,
+            self._opt_state_shardings(opt_state, offload=self.config.sharding.offload_moments),
         )
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
+        return TrainState(step, trainable, opt_state)
 
     def abstract_batch(self, length: int, num_images: int) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of a step whose rows have `length` tokens and `num_images` image slots."""
@@ -81,23 +94,45 @@ class Program:
         return batch | {"images": images}
 
     def new_state(self, trainable: dict[str, jax.Array]) -> TrainState:
-        """The state before the first step."""
+        """The state before the first step. `trainable` may lie anywhere."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        trainable = jax.device_put(trainable, shardings.trainable)
         init = jax.jit(self._optimizer.init, out_shardings=shardings.opt_state)
         return TrainState(jax.device_put(np.int32(0), shardings.step), trainable, init(trainable))
 
     def train_step(self):
         """step(state, frozen, batch) -> (state, metrics), jitted; see `make_train_step`. Donates the state."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        return jax.jit(
-            make_train_step(self._model[0], self._optimizer, self.config.loss),
-            donate_argnums=0,
-            out_shardings=(shardings, replicated(self.mesh)),
+        step = make_train_step(
+            self._model[0],
+            self._optimizer_on_mesh(),
+            self.config.loss,
+            constrain_gradients=constrain_gradients(self.mesh, zero=self.config.sharding.zero),
         )
+        if self.config.sharding.offload_moments:
+            step = self._with_moments_on_device(step)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
 
     def eval_step(self):
         """step(parameters, batch) -> (sum of losses, supervised tokens), jitted; see `make_eval_step`."""
         return jax.jit(make_eval_step(self._model[0], self.config.loss))
 
     def _abstract(self, name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(self.mesh, name, shape))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.parameter_sharding(name, shape))
+
+    def _opt_state_shardings(self, opt_state: optax.OptState, *, offload: bool):
+        return state_shardings(self.mesh, opt_state, partial(moment_sharding, self.mesh, offload=offload))
+
+    def _optimizer_on_mesh(self) -> optax.GradientTransformation:
+        """The optimizer, updating on each device what it holds of the moments, however the gradients lie."""
+        cut = constrain_gradients(self.mesh, zero=3)
+        init, update = self._optimizer
+        return optax.GradientTransformation(init, lambda grads, *rest: update(cut(grads), *rest))
+
+    def _with_moments_on_device(self, step):
+        def fetch_and_step(state: TrainState, frozen: dict, batch: dict):
+            on_device = self._opt_state_shardings(state.opt_state, offload=False)
+            opt_state = jax.device_put(state.opt_state, on_device)
+            return step(dataclasses.replace(state, opt_state=opt_state), frozen, batch)
+
+        return fetch_and_step

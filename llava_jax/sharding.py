@@ -1,33 +1,48 @@
 """The mesh, the one table from parameter names to partitions, and where batches go.
 
-No other file spells a mesh axis. `data` replicates parameters, `fsdp` shards them, their gradients and their
-moments (the counterpart of ZeRO-3), `tensor` splits heads, MLP width and vocabulary. Rows of a batch are spread
-over `data` and `fsdp`.
+No other file spells a mesh axis. Rows of a batch are spread over `data` and `fsdp`. `tensor` splits heads, MLP
+width and vocabulary. `fsdp` splits what `sharding.zero` says, in DeepSpeed's words:
+
+- 3: parameters, gradients and moments, so that all of the state shrinks as 1 / fsdp. Frozen parameters too.
+- 2: gradients and moments. Parameters, frozen ones included, are whole on every device of the axis; a gradient is
+  scattered as it is reduced, each device updates its part and the new parameters are gathered.
+- 1: moments only; gradients are reduced whole and then cut.
+
+All three take the same steps. `data` always replicates the state. It alone crosses the slow network between TPU
+slices, which are told by the devices; GPU hosts may be crossed by any axis.
+
+`sharding.offload_moments` keeps the moments in pinned host memory between steps.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llava_jax.config import ConfigError, MeshConfig
+from llava_jax.config import ConfigError, MeshConfig, ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 
-# Stacked parameters have the layer axis first, hence the leading None.
+# Name -> the axes of each dimension, or several such, of which the first that divides is taken. Stacked parameters
+# have the layer axis first, hence the leading None. Where one product follows another, the first splits its
+# outputs over `tensor` and the second its inputs, so that nothing is communicated in between.
 TABLE = (
-    (r"language_model\.embed_tokens\.embedding", ("tensor", "fsdp")),
-    (r"language_model\.lm_head\.kernel", ("fsdp", "tensor")),
+    # The vocabulary over `tensor`, or, where that does not divide (32001), all of the width.
+    (r"language_model\.embed_tokens\.embedding", ("tensor", "fsdp"), (None, ("fsdp", "tensor"))),
+    (r"language_model\.lm_head\.kernel", ("fsdp", "tensor"), (("fsdp", "tensor"), None)),
     (r".*\.layers\..*\.(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)\.kernel", (None, "fsdp", "tensor")),
     (r".*\.layers\..*\.(o_proj|out_proj|down_proj|fc2)\.kernel", (None, "tensor", "fsdp")),
     (r".*\.layers\..*\.(q_proj|k_proj|v_proj|fc1)\.bias", (None, "tensor")),
     (r".*\.layers\..*\.(o_proj|out_proj|fc2)\.bias", (None, None)),
-    (r"multi_modal_projector\.linear_\d+\.kernel", ("fsdp", "tensor")),
-    (r"multi_modal_projector\.linear_\d+\.bias", (None,)),
+    (r"multi_modal_projector\.linear_\d*[13579]\.kernel", ("fsdp", "tensor")),
+    (r"multi_modal_projector\.linear_\d*[02468]\.kernel", ("tensor", "fsdp")),
+    (r"multi_modal_projector\.linear_\d*[13579]\.bias", ("tensor",)),
+    (r"multi_modal_projector\.linear_\d*[02468]\.bias", (None,)),
     (r"vision_tower\.(patch_embedding\.kernel|position_embedding)", (None, "fsdp")),
     (r"vision_tower\.class_embedding", (None,)),
     (r"language_model\.image_newline", (None,)),
@@ -37,8 +52,17 @@ TABLE = (
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh over the given devices (None: all). Raises ConfigError when the sizes do not fit."""
+    """A mesh over the given devices (None: all). Raises ConfigError when the sizes do not fit.
+
+    Devices are arranged by how they are wired: within a slice, neighbours in the mesh are neighbours in the torus.
+    """
     devices = jax.devices() if devices is None else devices
+    arranged = arrange(mesh_sizes(config, len(devices)), devices)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of each axis, with -1 filled in. Raises ConfigError when their product cannot be `num_devices`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
@@ -47,35 +71,122 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"{', '.join(wrong or [f'mesh.{axis}=-1' for axis in free])}: sizes are positive; one of them may be -1."
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(devices) % fixed or (not free and fixed != len(devices)):
+    if num_devices % fixed or (not free and fixed != num_devices):
         named = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        product = f"the sizes beside -1 must multiply to {_listed(_divisors(num_devices))}"
         raise ConfigError(
-            f"{named} does not fit {len(devices)} devices: the product must be {len(devices)}, with -1 filling in."
+            f"{named} does not fit {num_devices} devices: "
+            f"{product if free else f'the sizes must multiply to {num_devices}; one of them may be -1 and fills in'}."
         )
-    for axis in free:
-        sizes[axis] = len(devices) // fixed
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    return sizes | {axis: num_devices // fixed for axis in free}
+
+
+def arrange(sizes: dict[str, int], devices: list) -> np.ndarray:
+    """The devices in an array of these sizes; slices (devices with the same slice_index) lie along `data`.
+
+    Raises ConfigError when TPU slices would be crossed by another axis.
+    """
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % num_slices == 0:
+        within = (sizes["data"] // num_slices, sizes["fsdp"], sizes["tensor"])
+        if num_slices == 1:
+            return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+        across = (num_slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu":
+        choices = [n for n in _divisors(len(devices)) if n % num_slices == 0]
+        raise ConfigError(
+            f"mesh.data={sizes['data']} cannot span {num_slices} TPU slices, between which only copies of the model may "
+            f"lie; set mesh.data to {_listed(choices)}."
+        )
+    return mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+
+
+def check_model(mesh: Mesh, model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ConfigError when the mesh cannot hold the model with parameters of these shapes, naming sizes that can."""
+    sizes = dict(mesh.shape)
+    misfit = next(_misfits(sizes, model, shapes), None)
+    if misfit is None:
+        return
+    axis, what = misfit
+    choices = [
+        size
+        for size in _divisors(mesh.size)
+        if not any(found == axis for found, _ in _misfits(sizes | {axis: size}, model, shapes))
+    ]
+    raise ConfigError(
+        f"mesh.{axis}={sizes[axis]} does not divide {what}. This model allows mesh.{axis} = {_listed(choices)}."
     )
 
 
-def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+def _misfits(
+    sizes: dict[str, int], model: ModelConfig, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, str]]:
+    """Axes that do not divide, and what."""
+    for key, heads in {
+        "model.text.num_attention_heads": model.text.num_attention_heads,
+        "model.text.num_key_value_heads": model.text.num_key_value_heads,
+        "model.vision.num_attention_heads": model.vision.num_attention_heads,
+    }.items():
+        if heads % sizes["tensor"]:
+            yield "tensor", f"{key}={heads}"
+    for name, shape in shapes.items():
+        misfits = [_misfit(sizes, shape, axes) for axes in _rows(name)]
+        if all(misfits):
+            size, axis = misfits[0]
+            yield axis, f"a dimension of {size} of {name} {shape}"
+
+
+def _rows(name: str) -> tuple:
+    """The table's partitions for a parameter, best first."""
+    for pattern, *partitions in TABLE:
+        if re.fullmatch(pattern, name):
+            return tuple(partitions)
+    raise ConfigError(f"No row of llava_jax/sharding.py's TABLE matches the parameter {name}; add one.")
+
+
+def _misfit(sizes: dict[str, int], shape: tuple[int, ...], partition: tuple) -> tuple[int, str] | None:
+    """A dimension that its axes do not divide, and one of these."""
+    for size, axes in zip(shape, partition, strict=True):
+        axes = _as_tuple(axes)
+        if size % math.prod(sizes[axis] for axis in axes):
+            return size, axes[-1]
+    return None
+
+
+def parameter_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, zero: int = 3) -> NamedSharding:
     """The sharding of the parameter `name`. Raises ConfigError when no row matches or a dimension does not divide."""
-    axes = next((axes for pattern, axes in TABLE if re.fullmatch(pattern, name)), None)
-    if axes is None:
-        raise ConfigError(f"No row of llava_jax/sharding.py's TABLE matches the parameter {name}; add one.")
-    assert len(axes) == len(shape), (name, axes, shape)
-    for size, axis in zip(shape, axes, strict=True):
-        if axis and size % mesh.shape[axis]:
-            raise ConfigError(
-                f"mesh.{axis}={mesh.shape[axis]} does not divide a dimension of {name} {shape}; "
-                f"use a divisor of {size}."
-            )
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return _sharding(mesh, name, shape, over_fsdp=zero == 3)
 
 
-def state_shardings(mesh: Mesh, state):
-    """Shardings for any pytree that holds parameters, or their moments, under the parameters' names.
+def gradient_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, zero: int = 3) -> NamedSharding:
+    """The sharding of the gradient of the parameter `name`."""
+    return _sharding(mesh, name, shape, over_fsdp=zero >= 2)
+
+
+def moment_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, offload: bool = False) -> NamedSharding:
+    """The sharding of the moments of the parameter `name`; `offload` puts them into the host's memory."""
+    sharding = _sharding(mesh, name, shape, over_fsdp=True)
+    return sharding.with_memory_kind("pinned_host") if offload else sharding
+
+
+def _sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, over_fsdp: bool) -> NamedSharding:
+    partitions = _rows(name)
+    misfits = [_misfit(mesh.shape, shape, partition) for partition in partitions]
+    if all(misfits):
+        size, axis = misfits[0]
+        raise ConfigError(
+            f"mesh.{axis}={mesh.shape[axis]} does not divide a dimension of {name} {shape}; "
+            f"use {_listed(_divisors(size, mesh.size))}."
+        )
+    partition = partitions[misfits.index(None)]
+    if not over_fsdp:
+        partition = [tuple(axis for axis in _as_tuple(axes) if axis != "fsdp") or None for axes in partition]
+    return NamedSharding(mesh, PartitionSpec(*partition))
+
+
+def state_shardings(mesh: Mesh, state, place: Callable[[str, tuple[int, ...]], NamedSharding]):
+    """Shardings for any pytree that holds leaves under parameters' names: `place(name, shape)` of these.
 
     Every other leaf (counters) is replicated.
     """
@@ -84,10 +195,20 @@ def state_shardings(mesh: Mesh, state):
         for key in reversed(path):
             name = getattr(key, "key", None)
             if isinstance(name, str) and "." in name and leaf.ndim:
-                return parameter_sharding(mesh, name, leaf.shape)
+                return place(name, leaf.shape)
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def constrain_gradients(mesh: Mesh, *, zero: int = 3) -> Callable[[dict], dict]:
+    """A function that lays gradients by parameter name out as `gradient_sharding` says."""
+
+    def constrain(gradients: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        shardings = {n: gradient_sharding(mesh, n, g.shape, zero=zero) for n, g in gradients.items()}
+        return jax.lax.with_sharding_constraint(gradients, shardings)
+
+    return constrain
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -140,3 +261,16 @@ def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """A function that keeps activations [rows, ...] spread over the row axes."""
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _divisors(number: int, largest: int | None = None) -> list[int]:
+    return [n for n in range(1, min(number, largest or number) + 1) if number % n == 0]
+
+
+def _listed(choices: list[int]) -> str:
+    *first, last = map(str, choices)
+    return f"{', '.join(first)} or {last}" if first else last

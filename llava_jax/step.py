@@ -48,13 +48,19 @@ def bind(graphdef: nnx.GraphDef, parameters: dict[str, jax.Array]) -> LLaVA:
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossConfig
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    *,
+    constrain_gradients: Callable[[dict], dict] = lambda gradients: gradients,
 ) -> Callable:
     """Returns step(state, frozen, batch) -> (state, metrics).
 
     frozen: the other parameters by name. batch: LLaVA's arguments and labels by name, as arrays with a leading
     accumulation axis, [A, B, ...]; feature_ids may be absent.
     metrics: loss, grad_norm (before clipping), num_supervised_tokens; float32[] or int32[].
+    `constrain_gradients` is applied to each microbatch's gradients by name; the trainer uses it to say how they lie
+    on the devices.
     """
 
     sum_losses = _sum_losses(graphdef, loss)
@@ -65,7 +71,11 @@ def make_train_step(
             total = total / jnp.maximum(count, 1)
         return total, (count, (count > 0).astype(jnp.int32))
 
-    grad_fn = jax.value_and_grad(microbatch_loss, has_aux=True)
+    value_and_grad = jax.value_and_grad(microbatch_loss, has_aux=True)
+
+    def grad_fn(trainable, frozen, batch):
+        value, grads = value_and_grad(trainable, frozen, batch)
+        return value, constrain_gradients(grads)
 
     def step(state: TrainState, frozen: dict, batch: dict) -> tuple[TrainState, dict]:
         num_microbatches = batch["tokens"].shape[0]
