@@ -35,3 +35,9 @@ class DivergedError(UserError):
     """The loss is no longer a number."""
 
     exit_code = 13
+
+
+class StoppedError(UserError):
+    """A signal asked the run to stop, and what it had reached was saved."""
+
+    exit_code = 15
