@@ -131,13 +131,16 @@ class Checkpoints:
 
     def _make_checkpointer(self) -> ocp.AsyncCheckpointer:
         # Orbax calls the callback on the first process when all files are there, before it renames their directory.
-        return ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler("state", "meta"),
-            async_options=ocp.AsyncOptions(
-                post_finalization_callback=lambda: write_digests(self._temporary(self.saving)),
-                timeout_secs=_SAVE_TIMEOUT,
-            ),
+        options = ocp.AsyncOptions(
+            post_finalization_callback=lambda: write_digests(self._temporary(self.saving)),
+            timeout_secs=_SAVE_TIMEOUT,
+            # Else a directory that cannot be made leaves threads that wait for it and keep the process alive.
+            create_directories_asynchronously=False,
         )
+        handler = ocp.CompositeCheckpointHandler(
+            "state", "meta", composite_options=ocp.CompositeOptions(async_options=options)
+        )
+        return ocp.AsyncCheckpointer(handler, async_options=options)
 
     def _temporary(self, step: int) -> Path:
         return self.directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}"
