@@ -1,67 +1,241 @@
-"""Training state on disk: an orbax checkpoint of what trains, and the facts that a resume must agree with."""
+"""Training state on disk: orbax checkpoints of what trains, none of which is used before its digests are checked."""
 
 import dataclasses
 import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from llava_jax.config import CheckpointConfig
 from llava_jax.convert.source import Leaf
+from llava_jax.digests import find_damage, write_digests
 from llava_jax.errors import CheckpointError
 from llava_jax.step import TrainState
+from llava_jax.watchdog import Watchdog
+
+_SET_ASIDE = "set_aside"
+_SAVE_TIMEOUT = 3600  # seconds after which orbax gives up a save
+# Orbax touches these two after the digests are written; nothing that is restored depends on them.
+_NOT_DIGESTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
     """The checkpoints of one stage, one numbered directory per saved step. Saving is asynchronous.
 
     Beside the state lies `meta`, plain JSON: the step, which is also the data position, the dataset's
-    fingerprint and the checksums of the frozen parameters.
+    fingerprint and the checksums of the frozen parameters. A directory gets its number only when it is complete and holds
+    the digests of its files; until then, and again while it is deleted, it has the name of a temporary.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
+    def __init__(self, directory: Path, config: CheckpointConfig, watchdog: Watchdog):
         self.directory = directory.absolute()
-        self.manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.save_total_limit, create=True, cleanup_tmp_directories=True
-            ),
-        )
+        self.config = config
+        self.watchdog = watchdog
+        self.is_first = jax.process_index() == 0
+        self.saving: int | None = None  # the step that is being written
+        self.failure: Exception | None = None  # what went wrong with the newest save
+        self.saved_at = time.monotonic()
+        self.checkpointer = self._make_checkpointer()
+        self._remove_temporaries()
 
-    def latest_step(self) -> int | None:
-        return self.manager.latest_step()
+    def starting_point(self, num_steps: int) -> Path | None:
+        """The checkpoint that a stage of `num_steps` continues; None: it starts anew.
 
-    def save(self, state: TrainState, meta: dict) -> None:
-        """Starts writing; returns once the state has been copied off the devices."""
-        self.manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        That is the newest good one from which training can go on, or what `resume_from_checkpoint` names, until the
+        run has saved checkpoints that descend from it. Newer ones, damaged or not, are set aside. Raises
+        CheckpointError if there are checkpoints, but none to continue from.
+        """
+        asked = self.config.resume_from_checkpoint
+        own = self._newest(num_steps)
+        if asked and not (own and read_meta(own).get("resumed_from") == asked):
+            start = self._named(asked, num_steps)
+        elif own is None and saved_steps(self.directory):
+            raise self._nothing_to_continue()
+        else:
+            start = own
+        if start:
+            foreign = start.parent != self.directory
+            self._set_aside([s for s in saved_steps(self.directory) if foreign or s > int(start.name)])
+        return start
 
-    def read_meta(self, step: int) -> dict:
+    def is_due(self) -> bool:
+        """Whether `save_every_minutes` have passed since the last save, or since this last said so."""
+        minutes = self.config.save_every_minutes
+        if not (self.is_first and minutes) or time.monotonic() - self.saved_at < 60 * minutes:
+            return False
+        self.saved_at = time.monotonic()
+        return True
+
+    def save(self, state: TrainState, meta: dict, *, whole: bool = False) -> None:
+        """Starts writing the state of `meta["step"]`; returns once it has been copied off the devices.
+
+        A save that fails, perhaps of a full disk, is told and forgotten: the next one tries again.
+        whole: with the optimizer's moments, even if `save_only_model`.
+        """
+        self._wait()
+        self._prune()
+        self.saved_at = time.monotonic()
+        whole = whole or not self.config.save_only_model
+        kept = _as_dict(state) if whole else {"step": state.step, "trainable": state.trainable}
+        meta = meta | {"optimizer": whole, "resumed_from": self.config.resume_from_checkpoint}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(kept), meta=ocp.args.JsonSave(meta))
+        self.saving = meta["step"]
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        except Exception as error:
-            raise _unreadable(self.directory / str(step), error) from error
+            self.checkpointer.save(self.directory / str(self.saving), args=args, force=True)
+        except Exception as error:  # of orbax, tensorstore or the file system: they share no type
+            self._give_up(error)
 
-    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
-        """Reads the state saved at `step` into the shapes, dtypes and shardings of `abstract_state`."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_as_dict(abstract_state)))
-        try:
-            return TrainState(**self.manager.restore(step, args=args).state)
-        except Exception as error:
-            raise _unreadable(self.directory / str(step), error) from error
+    def finish(self) -> None:
+        """Waits for the last save. Raises CheckpointError if it failed."""
+        self._wait()
+        self._prune()
+        if self.failure:
+            raise CheckpointError(
+                f"The last state could not be saved in {self.directory} ({_reason(self.failure)}). Make room there, or "
+                "make it writable, and run the same command again: it continues from the newest checkpoint, "
+                f"{max(saved_steps(self.directory), default='the start')}."
+            ) from self.failure
 
     def close(self) -> None:
-        """Waits for the last write and raises what went wrong in it."""
+        """Waits for the last save; it tells what went wrong with it."""
+        self._wait()
+        self._prune()
+        self.checkpointer.close()
+
+    def restore(self, path: Path, abstract_state: TrainState) -> TrainState:
+        """Reads the checkpoint `path` into the shapes, dtypes and shardings of `abstract_state`."""
+        args = ocp.args.StandardRestore(_as_dict(abstract_state))
+        return TrainState(**self._restore(path, ocp.StandardCheckpointHandler(), args))
+
+    def restore_parameters(self, path: Path, abstract_trainable: dict) -> dict[str, jax.Array]:
+        """Reads the trained parameters alone."""
+        item = {"trainable": abstract_trainable}
+        args = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        return self._restore(path, ocp.PyTreeCheckpointHandler(), args)["trainable"]
+
+    def _restore(self, path: Path, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> dict:
         try:
-            self.manager.wait_until_finished()
-        finally:
-            self.manager.close()
+            with self.watchdog.waiting(f"checkpoint {path}"), ocp.Checkpointer(handler) as checkpointer:
+                return checkpointer.restore(path / "state", args=args)
+        except Exception as error:
+            raise _unreadable(path, error) from error
+
+    def _make_checkpointer(self) -> ocp.AsyncCheckpointer:
+        # Orbax calls the callback on the first process when all files are there, before it renames their directory.
+        options = ocp.AsyncOptions(
+            post_finalization_callback=lambda: write_digests(self._temporary(self.saving)),
+            timeout_secs=_SAVE_TIMEOUT,
+            # Else a directory that cannot be made leaves threads that wait for it and keep the process alive.
+            create_directories_asynchronously=False,
+        )
+        handler = ocp.CompositeCheckpointHandler(
+            "state", "meta", composite_options=ocp.CompositeOptions(async_options=options)
+        )
+        return ocp.AsyncCheckpointer(handler, async_options=options)
+
+    def _temporary(self, step: int) -> Path:
+        return self.directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}"
+
+    def _wait(self) -> None:
+        if self.saving is None:
+            return
+        try:
+            with self.watchdog.waiting(f"checkpoint {self.saving} to be written"):
+                self.checkpointer.wait_until_finished()
+        except Exception as error:
+            self._give_up(error)
+        else:
+            self.saving = self.failure = None
+
+    def _give_up(self, error: Exception) -> None:
+        newest = max(saved_steps(self.directory), default=None)
+        _tell(
+            f"checkpoint {self.saving} could not be saved ({_reason(error)}). Training goes on and the next save tries "
+            f"again; {f'the newest checkpoint is {newest}' if newest else 'there is no checkpoint yet'}."
+        )
+        self.failure, self.saving = error, None
+        self.checkpointer = self._make_checkpointer()  # the old one may be in the middle of something
+        self._remove_temporaries()
+
+    def _remove_temporaries(self) -> None:
+        if self.is_first:
+            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _prune(self) -> None:
+        limit = self.config.save_total_limit
+        if self.is_first and limit:
+            for step in saved_steps(self.directory)[:-limit]:
+                shutil.rmtree(self._temporary(step), ignore_errors=True)
+                shutil.rmtree((self.directory / str(step)).rename(self._temporary(step)), ignore_errors=True)
+
+    def _newest(self, num_steps: int) -> Path | None:
+        """The newest good checkpoint that can be continued, or is the stage's last."""
+        for step in _verified(self.directory, self._find_damage):
+            path = self.directory / str(step)
+            if step == num_steps or (step < num_steps and read_meta(path)["optimizer"]):
+                return path
+        return None
+
+    def _named(self, asked: str, num_steps: int) -> Path:
+        """The checkpoint that `resume_from_checkpoint` asks for."""
+        path = self.directory / asked if asked.isdecimal() else Path(asked).absolute()
+        key = f"checkpoint.resume_from_checkpoint={asked}"
+        if not (path.name.isdecimal() and path.is_dir()):
+            raise CheckpointError(
+                f"{key}: {path} is no checkpoint; name one of a run's checkpoints/[STAGE/]STEP."
+            )
+        if damage := self._find_damage(path):
+            raise CheckpointError(f"{key} is damaged: {damage}. Name another one.")
+        if not read_meta(path)["optimizer"] or int(path.name) > num_steps:
+            raise CheckpointError(
+                f"{key} cannot be continued: it "
+                + (
+                    f"is of a later step than this stage's last, {num_steps}"
+                    if read_meta(path)["optimizer"]
+                    else "was saved without the optimizer's moments"
+                )
+                + ". Name another one, or start a new run from it with init.model."
+            )
+        return path
+
+    def _nothing_to_continue(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.directory} holds checkpoints, but none that can be continued: they are damaged (named above) or "
+            "were saved with checkpoint.save_only_model. Put a good one back, start a new run with init.model, or start "
+            "this one anew with checkpoint.overwrite_output_dir=True."
+        )
+
+    def _find_damage(self, path: Path) -> str | None:
+        """As the function; each process reads its share of the files, and all learn whether one found something."""
+        index, count = jax.process_index(), jax.process_count()
+        with self.watchdog.waiting(f"the digests of {path}"):
+            damage = find_damage(path, later=_NOT_DIGESTED, process_index=index, process_count=count)
+            if count > 1 and multihost_utils.process_allgather(np.array(damage is not None)).any():
+                return damage or "another process found which file"
+        return damage
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints out of the way of those that will be saved; nothing that may be wanted is deleted."""
+        if not (steps and self.is_first):
+            return
+        aside = self.directory / _SET_ASIDE
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            shutil.rmtree(aside / str(step), ignore_errors=True)  # of an earlier time
+            (self.directory / str(step)).rename(aside / str(step))
+        _tell(
+            f"checkpoints {', '.join(map(str, steps))} are now in {aside}; delete them when nobody needs them."
+        )
 
 
 class SavedParameters:
@@ -95,17 +269,47 @@ class SavedParameters:
 
 
 def saved_steps(directory: Path) -> list[int]:
-    """The steps of complete checkpoints, in ascending order."""
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    """The steps of complete checkpoints, damaged or not, in ascending order."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def verified_steps(directory: Path) -> Iterator[int]:
+    """The steps of good checkpoints, newest first. Reads every file of one to say so, and tells of damaged ones."""
+    return _verified(directory, lambda path: find_damage(path, later=_NOT_DIGESTED))
+
+
+def read_meta(path: Path) -> dict:
+    """What lies beside the state in the checkpoint `path`."""
+    try:
+        return json.loads((path / "meta/metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _verified(directory: Path, find_damage: Callable[[Path], str | None]) -> Iterator[int]:
+    for step in reversed(saved_steps(directory)):
+        if damage := find_damage(directory / str(step)):
+            _tell(f"checkpoint {directory / str(step)} is damaged and not used: {damage}.")
+        else:
+            yield step
 
 
 def _as_dict(state: TrainState) -> dict:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     return CheckpointError(
-        f"The checkpoint {path} cannot be read: {reason[0][:300]} "
+        f"The checkpoint {path} cannot be read: {_reason(error)} "
         "Delete that directory to continue from the one before it, or from the start if there is none."
     )

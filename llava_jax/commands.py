@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of errors.")
 
 
-def run_command(main: Callable[[], None], *, interrupted: str = "Interrupted.") -> None:
-    """Parses the flags and calls main(); a user's mistake becomes one paragraph and its exit code.
-
-    interrupted: what Ctrl-C is answered with.
-    """
+def run_command(main: Callable[[], None]) -> None:
+    """Parses the flags and calls main(); a user's mistake becomes one paragraph and its exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
-    logging.set_verbosity(logging.ERROR)  # orbax warns of its own layout
-    app.run(lambda _: _end_with_errors(main, interrupted), flags_parser=_parse_flags)
+    logging.set_verbosity(
+        logging.FATAL
+    )  # orbax warns of its own layout, and prints tracebacks of what it raises
+    app.run(lambda _: _end_with_errors(main), flags_parser=_parse_flags)
 
 
 def read_recipe(flag: flags.FlagHolder) -> "Recipe":
@@ -75,11 +74,14 @@ def _no_setting(key: str) -> str:
     return f"The recipe has no setting {key!r} there.{hint} In a recipe of several stages it may be stages.NAME.{key}."
 
 
-def _end_with_errors(main: Callable[[], None], interrupted: str) -> None:
-    from llava_jax.errors import UserError
+def _end_with_errors(main: Callable[[], None]) -> None:
+    from llava_jax.errors import StoppedError, UserError
 
     try:
         main()
+    except StoppedError as stopped:
+        print(stopped, flush=True)
+        sys.exit(stopped.exit_code)
     except UserError as error:
         if DEBUG.value:
             raise
@@ -89,7 +91,7 @@ def _end_with_errors(main: Callable[[], None], interrupted: str) -> None:
             raise
         _fail(f"{error}. Nothing that was saved before is lost; mend it and run the same command again.", 12)
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr, flush=True)
+        print("Interrupted.", file=sys.stderr, flush=True)
         os._exit(130)  # threads that still read ahead could crash an orderly end
 
 

@@ -366,6 +366,10 @@ class TrainConfig:
     remat: str = "full"  # what the backward pass recomputes: full (most), dots, none
     scan_unroll: int = 1  # layers per iteration of the layer loop
     log_steps: int = 10
+    max_skipped_steps: int = 3  # so many steps in a row without finite loss and gradients end the run
+    hang_timeout_minutes: float | None = (
+        30.0  # a wait for data, devices or files that takes longer ends the run
+    )
 
     def __post_init__(self):
         for key in ("dtype", "frozen_dtype"):
@@ -382,21 +386,47 @@ class TrainConfig:
         )
         require(self.scan_unroll > 0, f"train.scan_unroll={self.scan_unroll} must be positive.")
         require(self.log_steps > 0, f"train.log_steps={self.log_steps} must be positive.")
+        _positive("train", self, "max_skipped_steps")
+        if self.hang_timeout_minutes is not None:
+            _positive("train", self, "hang_timeout_minutes")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved. The last step of a stage always is."""
+    """When the state is saved, and where a run starts from. The last step of a stage is always saved.
 
-    save_steps: int = 500
-    save_total_limit: int = 1
+    Names and meanings are those of the Hugging Face trainer.
+    """
+
+    save_steps: float = 500.0  # below 1: a share of the stage's steps
+    save_every_minutes: float | None = None  # besides
+    save_total_limit: int | None = (
+        2  # the second newest stands in for the newest if that is damaged; None: all
+    )
+    save_only_model: bool = False  # without the optimizer's moments, so that the stage cannot be continued
+    resume_from_checkpoint: str = (
+        ""  # a checkpoint's directory, or a step of this run; empty: the newest good one
+    )
+    overwrite_output_dir: bool = (
+        False  # every start throws away the checkpoints of this stage and those after it
+    )
 
     def __post_init__(self):
-        require(self.save_steps > 0, f"checkpoint.save_steps={self.save_steps} must be positive.")
         require(
-            self.save_total_limit > 0,
-            f"checkpoint.save_total_limit={self.save_total_limit} must be positive.",
+            0 < self.save_steps < 1 or (self.save_steps >= 1 and self.save_steps == int(self.save_steps)),
+            f"checkpoint.save_steps={self.save_steps:g} is a number of steps, or a share of the stage between 0 and 1.",
         )
+        for key in ("save_every_minutes", "save_total_limit"):
+            if getattr(self, key) is not None:
+                _positive("checkpoint", self, key)
+        require(
+            not (self.overwrite_output_dir and self.resume_from_checkpoint),
+            "checkpoint.overwrite_output_dir throws away what checkpoint.resume_from_checkpoint would continue; set one.",
+        )
+
+    def save_interval(self, num_steps: int) -> int:
+        """Steps from one save to the next in a stage of `num_steps`."""
+        return int(self.save_steps) if self.save_steps >= 1 else math.ceil(num_steps * self.save_steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,3 +41,9 @@ class HangError(UserError):
     """Something did not happen in its time."""
 
     exit_code = 14
+
+
+class StoppedError(UserError):
+    """A signal asked the run to stop, and what it had reached was saved."""
+
+    exit_code = 15

@@ -1,10 +1,14 @@
 """What a run tells: the progress line, metrics.jsonl, result files and the loss plot."""
 
+import errno
 import json
+import math
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 
 class MetricsLog:
@@ -16,6 +20,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
         self.read_only = read_only
+        self.unwritten = ""  # what found no room yet
 
     def rows(self) -> list[dict]:
         """All rows; what a dying process wrote of a last one is left out."""
@@ -35,10 +40,28 @@ class MetricsLog:
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict) -> None:
+        """Writes a row. One that cannot be written, perhaps because the disk is full, is written with a later one."""
         if self.read_only:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        told = bool(self.unwritten)
+        self.unwritten += json.dumps(row) + "\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                self._write(file)
+        except OSError as error:
+            if not told:
+                print(f"{self.path} cannot be written now ({error.strerror}).", file=sys.stderr, flush=True)
+
+    def _write(self, file: IO[bytes]) -> None:
+        size, data = file.tell(), self.unwritten.encode()
+        try:
+            written = file.write(data)
+            if written < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)  # no half row
+            raise
+        self.unwritten = ""
 
 
 class Progress:
@@ -59,7 +82,7 @@ class Progress:
             self.compiled = True
             self.since = row["step"], time.monotonic()
         line = (
-            f"{self.label}step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  "
+            f"{self.label}step {row['step']}/{self.num_steps}  loss {_or_nan(row['loss']):.4f}  "
             f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s  "
             f"{row['images_per_second']:,.0f} images/s  ETA {format_seconds(eta)}"
         )
@@ -69,6 +92,10 @@ class Progress:
             print(f"\r{line[:width]:<{width}}", end="\n" if last else "", flush=True)
         else:
             print(line, flush=True)
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 class Counter:
@@ -146,7 +173,9 @@ def plot_loss(rows: list[dict], path: Path) -> None:
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), squeeze=False)
     for stage, axis in zip(stages, axes[0], strict=True):
-        mine = [row for row in rows if row.get("stage", "") == stage and "loss" in row]
+        mine = [row for row in rows if row.get("stage", "") == stage and row.get("loss") is not None]
+        if not mine:  # every step was skipped
+            continue
         steps, losses = zip(*((row["step"], row["loss"]) for row in mine), strict=True)
         axis.plot(steps, losses, alpha=0.35, label="loss")
         axis.plot(steps, smooth(list(losses)), label="smoothed")

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import jax
 
-from llava_jax.errors import ConfigError, HangError, UserError
+from llava_jax.errors import ConfigError, HangError, StoppedError, UserError
 
 _BEAT = 5.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one after which a process counts as dead
@@ -148,6 +148,9 @@ def ending_together() -> Iterator[None]:
     """With several processes, an error that leaves the block ends all of them at once, each of them saying why."""
     try:
         yield
+    except StoppedError:
+        wait_for_all("the end of the run")  # all were asked to stop
+        raise
     except Exception as error:
         if jax.process_count() == 1:
             raise

@@ -1,7 +1,7 @@
 """What a stage tells while it trains: rows of metrics and the progress line."""
 
 import dataclasses
-import math
+import sys
 import time
 
 import jax
@@ -12,6 +12,9 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import DivergedError
 from llava_jax.metrics import MetricsLog, Progress
 from llava_jax.optimizer import learning_rates, make_schedule
+from llava_jax.watchdog import Watchdog
+
+_SAMPLES_NAMED = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,14 @@ class Recorder:
     """Logs every `log_steps` steps as one row, one step late so that devices never wait."""
 
     def __init__(
-        self, stage: str, config: Config, data: Pipeline, log: MetricsLog, first_step: int, num_steps: int
+        self,
+        stage: str,
+        config: Config,
+        data: Pipeline,
+        log: MetricsLog,
+        first_step: int,
+        num_steps: int,
+        watchdog: Watchdog,
     ):
         self.stage = stage
         self.config = config
@@ -37,7 +47,11 @@ class Recorder:
         self.log = log
         self.progress = Progress(stage, num_steps, first_step)
         self.schedule = make_schedule(config.optimizer, num_steps)
+        self.watchdog = watchdog
         self.pending: list[_Done] = []
+        self.skipped: list[int] = []  # the latest steps in a row that changed nothing
+        mine = [row for row in log.rows() if row.get("stage", "") == stage]
+        self.num_skipped = sum(row.get("skipped_steps", 0) for row in mine)
         self.num_bad_samples = 0
         self.since = time.monotonic()
 
@@ -51,9 +65,10 @@ class Recorder:
         """Logs what is pending: means and rates over its steps, the learning rate of the last."""
         if not self.pending:
             return
-        metrics = [jax.device_get(done.metrics) for done in self.pending]
-        for done, values in zip(self.pending, metrics, strict=True):
-            self._check_finite(done.step, float(values["loss"]))
+        with self.watchdog.waiting(f"the devices' results of step {self.pending[-1].step}"):
+            metrics = [jax.device_get(done.metrics) for done in self.pending]
+        num_skipped = sum(self._is_skipped(d.step, m) for d, m in zip(self.pending, metrics, strict=True))
+        finite = [values for values in metrics if not values["skipped"]]
         now = time.monotonic()
         seconds, self.since = max(now - self.since, 1e-9), now
         step = self.pending[-1].step
@@ -61,8 +76,8 @@ class Recorder:
         row |= {
             "step": step,
             "epoch": round(step / self.data.steps_per_epoch, 4),
-            "loss": float(np.mean([values["loss"] for values in metrics])),
-            "grad_norm": float(np.mean([values["grad_norm"] for values in metrics])),
+            "loss": _mean(finite, "loss"),
+            "grad_norm": _mean(finite, "grad_norm"),
             **self._learning_rates(step),
             "num_supervised_tokens": int(sum(values["num_supervised_tokens"] for values in metrics)),
             "tokens_per_second": sum(done.num_tokens for done in self.pending) / seconds,
@@ -70,6 +85,8 @@ class Recorder:
             "data_wait": sum(done.data_wait for done in self.pending) / seconds,
             "seconds": seconds,
         }
+        if num_skipped:
+            row["skipped_steps"] = num_skipped
         self.pending = []
         self.log.append(row)
         self.progress.show(row)
@@ -89,7 +106,7 @@ class Recorder:
 
     def _learning_rates(self, step: int) -> dict[str, float]:
         """`learning_rate`, and each module's own where they differ."""
-        config, share = self.config, float(self.schedule(step - 1))
+        config, share = self.config, float(self.schedule(step - 1 - self.num_skipped))
         rates = {
             module: share * rate
             for module, rate in learning_rates(config.optimizer).items()
@@ -100,9 +117,36 @@ class Recorder:
             return common
         return common | {f"learning_rate_{module}": rate for module, rate in rates.items()}
 
-    def _check_finite(self, step: int, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _is_skipped(self, step: int, metrics: dict) -> bool:
+        """Whether the step changed nothing. Raises DivergedError when too many in a row did not."""
+        if not metrics["skipped"]:
+            self.skipped = []
+            return False
+        self.skipped.append(step)
+        self.num_skipped += 1
+        print(
+            f"{self.stage or 'step'} {step}: loss {metrics['loss']:g}, gradient norm {metrics['grad_norm']:g}; "
+            f"the update is not applied. Its samples: {self._samples(step)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if len(self.skipped) >= self.config.train.max_skipped_steps:
+            samples = "; ".join(f"step {bad}: {self._samples(bad)}" for bad in self.skipped)
             raise DivergedError(
-                f"The loss of {self.stage or 'the run'} is {loss} at step {step}. No checkpoint was made of it; "
-                "lower optimizer.learning_rate or set optimizer.max_grad_norm=1.0 and run again."
+                f"The loss or the gradients of {self.stage or 'the run'} are not finite at step {step}, the last of "
+                f"{len(self.skipped)} in a row (train.max_skipped_steps); the parameters are as they were before them. "
+                "Look at their samples, lower optimizer.learning_rate or set optimizer.max_grad_norm=1.0, and start "
+                f"anew with checkpoint.overwrite_output_dir=True or another --workdir. Samples: {samples}."
             )
+        return True
+
+    def _samples(self, step: int) -> str:
+        """The names of a step's samples."""
+        ids = np.concatenate(self.data.step_rows(step - 1))
+        names = [self.data.dataset[int(id)].name for id in ids[:_SAMPLES_NAMED]]
+        return ", ".join(names) + (f" and {len(ids) - len(names)} more" if len(ids) > len(names) else "")
+
+
+def _mean(metrics: list[dict], key: str) -> float | None:
+    """None if there is nothing to take the mean of, which JSON can say and of NaN it cannot."""
+    return float(np.mean([values[key] for values in metrics])) if metrics else None

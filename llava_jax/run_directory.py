@@ -1,20 +1,26 @@
-"""The run directory: whose it is, with which settings, and that only one process works in it."""
+"""The run directory: whose it is, with which settings, and the settings that may change in it."""
 
-import fcntl
+import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
-from typing import IO
+
+import jax
 
 from llava_jax.config import Config, to_json
-from llava_jax.errors import CheckpointError, ConfigError, InUseError
-from llava_jax.metrics import write_json
+from llava_jax.digests import DIGESTS
+from llava_jax.errors import CheckpointError, ConfigError
+from llava_jax.metrics import MetricsLog, write_json
 from llava_jax.recipe import Recipe
-from llava_jax.weights import RUN_FORMAT
+from llava_jax.run_lock import RunLock
+from llava_jax.weights import RUN_FORMAT, checkpoint_directory
 
 # Settings that may differ when a run is continued: they change neither samples nor weights.
 HARMLESS = (
     "train.log_steps",
+    "train.max_skipped_steps",
+    "train.hang_timeout_minutes",
     "train.remat",
     "train.scan_unroll",
     "checkpoint.",
@@ -34,12 +40,15 @@ HARMLESS = (
 )
 
 
-def open_run_directory(recipe: Recipe, workdir: Path) -> IO:
-    """Makes the run directory, writes `config.json` and takes the lock, which lasts while the result is open.
+def open_run_directory(recipe: Recipe, workdir: Path) -> contextlib.AbstractContextManager:
+    """Makes the run directory, writes `config.json` and takes the lock, which lasts as long as the result's block.
 
-    A directory that holds checkpoints must be of the same run. Raises ConfigError naming the settings that differ,
-    CheckpointError when nothing can be written there, InUseError when another process trains in it.
+    A directory that holds checkpoints must be of the same run, except for stages that `overwrite_output_dir` starts
+    anew: theirs are deleted. The first of several processes does all this. Raises ConfigError naming the settings
+    that differ, CheckpointError when nothing can be written there, InUseError when another process trains in it.
     """
+    if jax.process_index() > 0:
+        return contextlib.nullcontext()
     asked = {
         "format": RUN_FORMAT,
         "name": recipe.name,
@@ -48,12 +57,17 @@ def open_run_directory(recipe: Recipe, workdir: Path) -> IO:
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and any(entry.name != ".lock" for entry in workdir.iterdir()):
+        if not path.exists() and any(not entry.name.startswith(".lock") for entry in workdir.iterdir()):
             raise ConfigError(f"{workdir} holds files but no run (no config.json); choose another --workdir.")
-        lock = _lock(workdir)
-        if any(workdir.glob("checkpoints/**/commit_success.txt")):
-            _check_same_run(path, asked)
-        write_json(path, asked)
+        lock = RunLock(workdir)
+        try:
+            _overwrite(recipe, workdir)
+            if any(workdir.glob(f"checkpoints/**/{DIGESTS}")):
+                _check_same_run(path, asked)
+            write_json(path, asked)
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
         raise CheckpointError(
             f"The run directory {workdir} cannot be written ({error.strerror}); choose another --workdir."
@@ -61,21 +75,13 @@ def open_run_directory(recipe: Recipe, workdir: Path) -> IO:
     return lock
 
 
-def _lock(workdir: Path) -> IO:
-    """An exclusive lock, which the system releases when the process ends, however it ends."""
-    file = (workdir / ".lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise InUseError(
-            f"{workdir} is in use by {holder}; wait for it, or choose another --workdir."
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
-    file.flush()
-    return file
+def _overwrite(recipe: Recipe, workdir: Path) -> None:
+    """Deletes what earlier runs trained of the first stage with `overwrite_output_dir` and of those after it."""
+    stages = list(recipe.stages)
+    anew = [name for name in stages if recipe.stages[name].checkpoint.overwrite_output_dir]
+    for name in stages[stages.index(anew[0]) :] if anew else ():
+        shutil.rmtree(checkpoint_directory(workdir, name), ignore_errors=True)
+        MetricsLog(workdir / "metrics.jsonl").forget_after(name, -1)
 
 
 def _absolute(config: Config) -> dict:

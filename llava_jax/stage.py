@@ -1,26 +1,31 @@
 """Trains one stage: from weights and data to a saved state, or on from where an earlier run stopped."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llava_jax.checkpoint import Checkpoints
+from llava_jax.agreement import Agreement
+from llava_jax.checkpoint import Checkpoints, read_meta
 from llava_jax.config import Config
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.errors import CheckpointError
+from llava_jax.errors import CheckpointError, StoppedError
+from llava_jax.interruption import StopRequest
 from llava_jax.metrics import MetricsLog
 from llava_jax.optimizer import MODULES, learning_rates
 from llava_jax.processes import from_first
 from llava_jax.program import Program
 from llava_jax.recorder import Recorder
-from llava_jax.sharding import parameter_sharding, place_batch
+from llava_jax.sharding import place_batch
+from llava_jax.step import TrainState
+from llava_jax.watchdog import Watchdog
 from llava_jax.weights import before_stage, load
 
 
@@ -44,67 +49,115 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     """Trains a stage to its last step, which is saved, and returns its results.
 
     What an earlier run did of it, evaluation included, is not done again. `weights` is the model before the stage.
-    Raises CheckpointError when the newest checkpoint cannot be continued, DivergedError when the loss is no
-    longer a number.
+    Raises CheckpointError when no checkpoint can be continued or the last one not be written, DivergedError when
+    losses are no longer numbers, StoppedError when a signal asked for it.
     """
-    checkpoints = Checkpoints(stage.checkpoints, stage.config.checkpoint)
+    watchdog = Watchdog(stage.config.train.hang_timeout_minutes)
+    checkpoints = Checkpoints(stage.checkpoints, stage.config.checkpoint, watchdog)
     try:
-        saved_step = checkpoints.latest_step()
+        start = checkpoints.starting_point(stage.num_steps)
         evaluated = from_first(
             "is evaluated", stage.evaluation is None or "eval_loss" in _results(stage, log)
         )
-        if saved_step != stage.num_steps or not evaluated:
-            _print_plan(stage, weights, saved_step)
-            _train(stage, before_stage(weights, stage.config), mesh, log, checkpoints)
+        if not (start and evaluated and int(start.name) == stage.num_steps):
+            _print_plan(stage, weights, int(start.name) if start else None)
+            _train(stage, before_stage(weights, stage.config), mesh, log, checkpoints, start)
     finally:
         checkpoints.close()
+        watchdog.close()
     return _results(stage, log)
 
 
-def _train(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog, checkpoints: Checkpoints) -> None:
+def _train(
+    stage: Stage,
+    weights: ModelSource,
+    mesh: Mesh,
+    log: MetricsLog,
+    checkpoints: Checkpoints,
+    start: Path | None,
+) -> None:
     config = stage.config
     program = Program(config, mesh, stage.num_steps)
-    sharding = partial(parameter_sharding, mesh)
+    sharding = program.parameter_sharding
     checksums = {}
     frozen = load(
         weights, program.abstract_frozen(), jnp.dtype(config.train.frozen_dtype), sharding, checksums
     )
     meta = {"dataset": stage.pipeline.fingerprint, "frozen": checksums}
-    first_step = checkpoints.latest_step() or 0
-    if first_step:
-        _check_meta(checkpoints.read_meta(first_step), meta, stage.checkpoints / str(first_step))
-        state = checkpoints.restore(first_step, program.abstract_state())
-    else:
-        state = program.new_state(load(weights, program.abstract_trainable(), jnp.float32, sharding))
-
-    train_step = program.train_step()
+    if start:
+        _check_meta(read_meta(start), meta, start)
+    first_step = int(start.name) if start else 0
     log.forget_after(stage.name, first_step)
     for pipeline in filter(None, (stage.pipeline, stage.evaluation)):
         pipeline.bad_samples.write()
-    recorder = Recorder(stage.name, config, stage.pipeline, log, first_step, stage.num_steps)
-    batches = stage.pipeline.iterate(first_step, stage.num_steps)
-    for step in range(first_step + 1, stage.num_steps + 1):
-        before = time.monotonic()
-        batch = next(batches)
-        # As long as the device still computes the step before, it does not wait.
-        data_wait = time.monotonic() - before if state.step.is_ready() else 0.0
-        state, metrics = train_step(state, frozen, place_batch(mesh, batch))
-        recorder.add(step, metrics, data_wait)
-        if step % config.checkpoint.save_steps == 0 or step == stage.num_steps:
-            recorder.flush()  # a run that continues from here has told all that came before
-            checkpoints.save(state, {"step": step} | meta)
+    recorder = Recorder(
+        stage.name, config, stage.pipeline, log, first_step, stage.num_steps, checkpoints.watchdog
+    )
+    if first_step == stage.num_steps:
+        trainable = checkpoints.restore_parameters(start, program.abstract_trainable())
+    else:
+        if start:
+            state = checkpoints.restore(start, program.abstract_state())
+        else:
+            state = program.new_state(load(weights, program.abstract_trainable(), jnp.float32, sharding))
+        trainable = _run_steps(stage, program, state, frozen, checkpoints, meta, recorder, first_step)
     if stage.evaluation:
-        recorder.log_evaluation(
-            stage.num_steps, _evaluation_loss(program, stage.evaluation, state.trainable | frozen)
-        )
+        parameters = trainable | frozen
+        loss = _evaluation_loss(program, stage.evaluation, parameters, checkpoints.watchdog)
+        recorder.log_evaluation(stage.num_steps, loss)
 
 
-def _evaluation_loss(program: Program, data: Pipeline, parameters: dict) -> float:
+def _run_steps(
+    stage: Stage,
+    program: Program,
+    state: TrainState,
+    frozen: dict,
+    checkpoints: Checkpoints,
+    meta: dict,
+    recorder: Recorder,
+    first_step: int,
+) -> dict[str, jax.Array]:
+    """Trains from `first_step` to the last step, saves what is due and returns the trained parameters."""
+    watchdog = checkpoints.watchdog
+    save_interval = stage.config.checkpoint.save_interval(stage.num_steps)
+    train_step = program.train_step()
+    agree = Agreement(program.mesh)
+    batches = stage.pipeline.iterate(first_step, stage.num_steps)
+    with contextlib.closing(StopRequest()) as request:
+        for step in range(first_step + 1, stage.num_steps + 1):
+            before = time.monotonic()
+            with watchdog.waiting(f"the batch of step {step}"):
+                batch = next(batches)
+            # As long as the device still computes the step before, it does not wait.
+            data_wait = time.monotonic() - before if state.step.is_ready() else 0.0
+            state, metrics = train_step(state, frozen, place_batch(program.mesh, batch))
+            if step == first_step + 1:  # compiled; until here nothing is lost if a signal ends the process
+                request.listen()
+            recorder.add(step, metrics, data_wait)
+            stop, minutes_passed = agree(request.asked, checkpoints.is_due())
+            if stop or minutes_passed or step % save_interval == 0 or step == stage.num_steps:
+                recorder.flush()  # a run that continues from here has told all that came before
+                checkpoints.save(state, {"step": step} | meta, whole=stop)
+            if stop or step == stage.num_steps:
+                checkpoints.finish()
+            if stop:
+                raise StoppedError(
+                    f"Stopped after step {step:,}, which is saved; the same command continues."
+                )
+    return state.trainable
+
+
+def _evaluation_loss(program: Program, data: Pipeline, parameters: dict, watchdog: Watchdog) -> float:
     """The mean loss of all supervised tokens of an epoch."""
     eval_step = program.eval_step()
     total, count = 0.0, 0
-    for batch in data.iterate(0, data.steps_per_epoch):
-        step_total, step_count = eval_step(parameters, place_batch(program.mesh, batch))
+    batches = data.iterate(0, data.steps_per_epoch)
+    for step in range(data.steps_per_epoch):
+        with watchdog.waiting(f"evaluation batch {step + 1}"):
+            batch = next(batches)
+        sums = eval_step(parameters, place_batch(program.mesh, batch))
+        with watchdog.waiting(f"the devices' result of evaluation batch {step + 1}"):
+            step_total, step_count = jax.device_get(sums)
         total += float(step_total)
         count += int(step_count)
     return total / max(1, count)
@@ -149,13 +202,17 @@ def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:
     rows = [row for row in log.rows() if row.get("stage", "") == stage.name]
     evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
     rows = [row for row in rows if "loss" in row]
-    if not rows:  # somebody deleted the log of a finished stage
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    if not losses:  # somebody deleted the log of a finished stage
         return {"steps": stage.num_steps}
     seconds = sum(row["seconds"] for row in rows)
+    num_skipped = sum(row.get("skipped_steps", 0) for row in rows)
     return {
-        "train_loss": float(np.mean([row["loss"] for row in rows])),
+        "train_loss": float(np.mean(losses)),
         "train_runtime": seconds,
         "train_steps_per_second": stage.num_steps / seconds,
         "steps": stage.num_steps,
         "epoch": rows[-1]["epoch"],
-    } | ({"eval_loss": evaluations[-1]} if evaluations else {})
+        **({"skipped_steps": num_skipped} if num_skipped else {}),
+        **({"eval_loss": evaluations[-1]} if evaluations else {}),
+    }

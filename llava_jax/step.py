@@ -58,7 +58,8 @@ def make_train_step(
 
     frozen: the other parameters by name. batch: LLaVA's arguments and labels by name, as arrays with a leading
     accumulation axis, [A, B, ...]; feature_ids may be absent.
-    metrics: loss, grad_norm (before clipping), num_supervised_tokens; float32[] or int32[].
+    metrics: loss, grad_norm (before clipping), num_supervised_tokens, skipped; float32[], int32[] or bool[]. A step
+    whose loss or gradients are not finite is skipped: it changes nothing but `state.step`.
     `constrain_gradients` is applied to each microbatch's gradients by name; the trainer uses it to say how they lie
     on the devices.
     """
@@ -92,7 +93,19 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": total / parts, "grad_norm": optax.tree.norm(grads), "num_supervised_tokens": count}
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trainable, opt_state),
+            (state.trainable, state.opt_state),
+        )
+        metrics = {
+            "loss": total / parts,
+            "grad_norm": grad_norm,
+            "num_supervised_tokens": count,
+            "skipped": ~finite,
+        }
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from llava_jax.commands import read_recipe, run_command
+from llava_jax.interruption import listening, stop_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", lock_config=True, help_string="A recipe, e.g. configs/quickstart.py."
@@ -54,4 +55,5 @@ def use_huge_pages() -> None:
 
 if __name__ == "__main__":
     use_huge_pages()
-    run_command(main, interrupted="Interrupted; the same command continues from the last checkpoint.")
+    with listening(stop_at_once):
+        run_command(main)

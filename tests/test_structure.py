@@ -32,8 +32,19 @@ def uses(path: Path, *names: str) -> list[str]:
 COMMANDS = ("train", "generate", "evaluate", "check_data")
 # A file may import from its own line and the lines above it.
 FLOORS = (
-    ("__init__", "errors", "config", "recipe", "metrics", "commands"),
-    ("kernels", "sharding", "processes"),
+    (
+        "__init__",
+        "errors",
+        "config",
+        "recipe",
+        "metrics",
+        "commands",
+        "interruption",
+        "watchdog",
+        "digests",
+        "run_lock",
+    ),
+    ("kernels", "sharding", "processes", "agreement"),
     ("models", "data", "optimizer"),
     ("convert", "step", "recorder", "quickstart"),
     ("checkpoint", "program"),

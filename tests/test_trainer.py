@@ -60,10 +60,10 @@ class Killed(BaseException):
 def run_until_saved(recipe, workdir, monkeypatch, step: int) -> None:
     """Runs until the checkpoint of `step` is on disk, then dies."""
 
-    def save_and_die(self, state, meta):
-        original(self, state, meta)
-        if int(state.step) == step:
-            self.manager.wait_until_finished()
+    def save_and_die(self, state, meta, **how):
+        original(self, state, meta, **how)
+        if meta["step"] == step:
+            self.finish()
             raise Killed
 
     original = Checkpoints.save
