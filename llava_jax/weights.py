@@ -9,12 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llava_jax.checkpoint import SavedParameters, saved_steps
+from llava_jax.checkpoint import saved_steps
 from llava_jax.config import Config, InitConfig, ModelConfig, from_json
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.optimizer import MODULES
+from llava_jax.saved_parameters import SavedParameters
 from llava_jax.step import abstract_model, random_parameters
 
 RUN_FORMAT = "llava_jax run"

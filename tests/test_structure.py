@@ -36,7 +36,7 @@ FLOORS = (
     ("kernels", "sharding"),
     ("models", "data", "optimizer"),
     ("convert", "step", "quickstart"),
-    ("checkpoint",),
+    ("checkpoint", "saved_parameters"),
     ("weights",),
     ("generation", "report", "run_directory", "stage"),
     ("evaluation",),

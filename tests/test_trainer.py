@@ -13,12 +13,13 @@ import pytest
 
 from llava_jax import stage as stage_module
 from llava_jax import trainer
-from llava_jax.checkpoint import Checkpoints, SavedParameters, saved_steps
+from llava_jax.checkpoint import Checkpoints, saved_steps
 from llava_jax.convert.opening import open_model
 from llava_jax.errors import CheckpointError, ConfigError, DataError, DivergedError, InUseError
 from llava_jax.generation import load_generator
 from llava_jax.recipe import STAGE_SECTIONS, default_config, parse
 from llava_jax.run_directory import open_run_directory
+from llava_jax.saved_parameters import SavedParameters
 from llava_jax.sharding import make_mesh
 from llava_jax.weights import initial_weights, open_any, open_run
 
