@@ -158,11 +158,14 @@ def checkpoint_directory(workdir: Path, stage: str) -> Path:
     return workdir / "checkpoints" / stage
 
 
-def open_any(path: str, *, vision_tower: str = "") -> ModelSource:
-    """A run directory, our model directory, or a Hugging Face directory; told apart by what is inside."""
+def open_any(path: str, *, vision_tower: str = "", needs_tower: bool = True) -> ModelSource:
+    """A run directory, our model directory, or a Hugging Face directory; told apart by what is inside.
+
+    The other arguments are those of `open_model`.
+    """
     if _is_run(Path(path)):
         return open_run(Path(path))
-    return open_model(path, vision_tower=vision_tower)
+    return open_model(path, vision_tower=vision_tower, needs_tower=needs_tower)
 
 
 def _is_run(path: Path) -> bool:

@@ -182,9 +182,9 @@ def test_transposed_copies_are_exact():
 
 
 def test_neither_direction_holds_more_than_a_few_layers(tmp_path, monkeypatch):
-    """24 layers of 3 x 0.7 MB: the widest leaf alone takes 17 MB."""
+    """24 layers of 3 x 0.7 MB and 17000 tokens: each of the widest leaves takes 17 MB."""
     model = ModelConfig(
-        vision=VisionConfig(16, 32, 2, 2, 28, 14), text=TextConfig(128, 256, 704, 24, 4, 4, 64)
+        vision=VisionConfig(16, 32, 2, 2, 28, 14), text=TextConfig(17_000, 256, 704, 24, 4, 4, 64)
     )
     monkeypatch.setattr(source, "_PART_BYTES", 2**20)
     random = np.random.default_rng(0)
