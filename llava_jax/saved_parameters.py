@@ -46,19 +46,22 @@ class SavedParameters:
         except Exception as error:
             raise _unreadable(self.path, error) from error
         self.frozen: dict[str, int] = meta["frozen"]  # checksums of the other parameters, by name
-        self._arrays = StoredArrays(self.path / "state")
 
     def leaves(self) -> dict[str, Leaf]:
         return {
             name: Leaf(
-                tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(self._read, name), _reading_axis(leaf)
+                tuple(leaf.shape),
+                np.dtype(leaf.dtype),
+                functools.partial(self._read, name),
+                _reading_axis(leaf),
             )
             for name, leaf in self.metadata.items()
         }
 
     def _read(self, name: str, index: Index = ()) -> np.ndarray:
         try:
-            return self._arrays.read(f"trainable.{name}", index)
+            # Opened anew: a run may have been replaced since, and its change has to be noticed.
+            return StoredArrays(self.path / "state").read(f"trainable.{name}", index)
         except ConversionError as error:
             raise _unreadable(self.path, error.__cause__) from error
 

@@ -1,4 +1,4 @@
-"""A checkpoint's parameters are read part by part, whatever wrote them."""
+"""A checkpoint's parameters are read part by part, however they were sharded when they were saved."""
 
 import math
 import re
@@ -10,12 +10,13 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from llava_jax import checkpoint
-from llava_jax.checkpoint import Checkpoints, SavedParameters
+from llava_jax import saved_parameters
+from llava_jax.checkpoint import Checkpoints
 from llava_jax.config import CheckpointConfig, MeshConfig
 from llava_jax.convert import source
 from llava_jax.convert.source import completed
 from llava_jax.errors import CheckpointError
+from llava_jax.saved_parameters import SavedParameters, save_args
 from llava_jax.sharding import make_mesh, parameter_sharding
 from llava_jax.step import TrainState
 
@@ -27,7 +28,7 @@ BIAS = "multi_modal_projector.linear_1.bias"
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 1024)
+    monkeypatch.setattr(saved_parameters, "_CHUNK_BYTES", 1024)
     monkeypatch.setattr(source, "_PART_BYTES", 2000)
 
 
@@ -39,19 +40,21 @@ def values() -> dict[str, np.ndarray]:
     return arrays | {"language_model.norm.scale": np.zeros(16, np.float32)}  # zeros are stored like the rest
 
 
-def placed(values, mesh) -> dict[str, jax.Array]:
+def placed(values, **axes) -> dict[str, jax.Array]:
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | axes
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
     return {
         name: jax.device_put(value, parameter_sharding(mesh, name, value.shape))
         for name, value in values.items()
     }
 
 
-def save(directory, values, **axes) -> SavedParameters:
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | axes
-    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
-    checkpoints = Checkpoints(directory, CheckpointConfig())
-    checkpoints.save(TrainState(jnp.int32(3), placed(values, mesh), ()), {"frozen": {BIAS: 7}})
-    checkpoints.close()
+def save(directory, values, *, in_chunks=True, **axes) -> SavedParameters:
+    """As a run saves them, but for what it saves beside them."""
+    state = {"trainable": placed(values, **axes)}
+    state = ocp.args.StandardSave(state, save_args=save_args(state) if in_chunks else None)
+    with ocp.CheckpointManager(directory) as manager:
+        manager.save(3, args=ocp.args.Composite(state=state, meta=ocp.args.JsonSave({"frozen": {BIAS: 7}})))
     return SavedParameters(directory, 3)
 
 
@@ -76,13 +79,29 @@ def test_parts_of_a_checkpoint_are_those_of_its_arrays(axes, values, tmp_path):
         assert [leaves[name].axis for name in (EMBEDDING, HEAD, BIAS)] == [0, 1, None]
 
 
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_what_was_saved_in_whole_shards_is_read_whole(fsdp, values, tmp_path, monkeypatch):
+    """As orbax saves by itself."""
+    monkeypatch.setattr(saved_parameters, "_CHUNK_BYTES", 500)
+    saved = save(tmp_path, values, in_chunks=False, fsdp=fsdp)
+    assert_read(saved, values)
+    assert {saved.leaves()[name].axis for name in (KERNEL, EMBEDDING, HEAD)} == {None}
+
+
+def test_a_run_is_read_as_it_was_saved(values, tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(TrainState(jnp.int32(3), placed(values), ()), {"frozen": {}})
+    checkpoints.close()
+    assert_read(SavedParameters(tmp_path, 3), values)
+
+
 def bytes_read() -> int:
     (metric,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     return metric["values"][0]["value"]
 
 
 def test_of_a_stacked_parameter_only_the_layers_asked_for_are_read(values, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(saved_parameters, "_CHUNK_BYTES", 2**16)
     kernel = np.random.default_rng(0).standard_normal((5, 128, 256), np.float32)
     leaf = save(tmp_path, values | {KERNEL: kernel}).leaves()[KERNEL]
     layer = completed((slice(2, 3),), leaf.shape)
@@ -92,38 +111,10 @@ def test_of_a_stacked_parameter_only_the_layers_asked_for_are_read(values, tmp_p
     assert 0 < bytes_read() - before < 1.2 * kernel[0].nbytes  # random values hardly shrink
 
 
-@pytest.mark.parametrize("fsdp", [1, 8])
-def test_a_checkpoint_in_whole_shards_is_read_whole(fsdp, values, tmp_path, monkeypatch):
-    """As they were written before parameters were cut, and as orbax does by itself."""
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 500)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=1), jax.devices()[:fsdp])
-    manager = ocp.CheckpointManager(tmp_path)
-    state = {"step": jnp.int32(3), "trainable": placed(values, mesh)}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({"frozen": {}}))
-    manager.save(3, args=args)
-    manager.close()
-    saved = SavedParameters(tmp_path, 3)
-    assert_read(saved, values)
-    assert {saved.leaves()[name].axis for name in (KERNEL, EMBEDDING, HEAD)} == {None}
-
-
-def test_a_checkpoint_continues_as_it_was(values, tmp_path):
-    trainable = {name: jnp.asarray(value) for name, value in values.items()}
-    state = TrainState(jnp.int32(3), trainable, {"mu": trainable})
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    checkpoints.save(state, {})
-    checkpoints.manager.wait_until_finished()
-    restored = checkpoints.restore(3, jax.eval_shape(lambda: state))
-    checkpoints.close()
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
-
-
 def test_a_parameter_that_cannot_be_read_names_the_checkpoint(values, tmp_path):
     saved = save(tmp_path, values)
     for file in (tmp_path / "3/state").rglob("d/*"):
         file.write_bytes(b"\x00" * file.stat().st_size)
-    message = (
-        rf"checkpoint {re.escape(str(tmp_path / '3'))} cannot be read: .+Delete that directory to continue"
-    )
+    message = rf"checkpoint {re.escape(str(tmp_path / '3'))} cannot be read: .+Delete that directory"
     with pytest.raises(CheckpointError, match=message):
         saved.leaves()[KERNEL].read()
