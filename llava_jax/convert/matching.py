@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from llava_jax.convert import recycled
 from llava_jax.convert.errors import ConversionError, listing
 from llava_jax.convert.names import (
     EMBEDDING,
@@ -92,7 +93,7 @@ class Matching:
             index = completed(index, row.shape)
             if not row.stacked:
                 return contiguous(self._read(row, names[0], index))
-            stacked = np.empty(extent(index), dtype)
+            stacked = recycled.empty(extent(index), dtype)
             for layer, name in zip(stacked, names[index[0]], strict=True):
                 copy_into(layer, self._read(row, name, index[1:]))
             return stacked

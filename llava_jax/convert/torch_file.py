@@ -13,6 +13,7 @@ import ml_dtypes  # noqa: F401 (teaches numpy the name "bfloat16")
 import numpy as np
 
 from llava_jax.convert.errors import ConversionError, listing
+from llava_jax.convert.file_bytes import read_run
 from llava_jax.convert.restricted_pickle import Storage, StoredTensor, run_pickle
 from llava_jax.convert.stored_zip import Entry, zip_entries
 
@@ -74,12 +75,8 @@ class TorchFile:
 
     def _read_run(self, name: str, part: StoredTensor) -> np.ndarray:
         dtype, place = np.dtype(part.storage.dtype), self._places[part.storage.key]
-        array = np.empty(part.shape, dtype)
+        array = read_run(self.path, place.begin + part.offset * dtype.itemsize, part.shape, dtype, name)
         data = array.reshape(-1).view(np.uint8)
-        with open(self.path, "rb") as file:
-            file.seek(place.begin + part.offset * dtype.itemsize)
-            if file.readinto(data) != data.nbytes:
-                raise ConversionError(f"{self.path} ends within {name}; it was cut after it was opened.")
         # torch.save writes 0 where it is told not to compute checksums (torch.serialization.set_crc32_options).
         if place.crc and data.nbytes == place.end - place.begin and zlib.crc32(data) != place.crc:
             raise ConversionError(
