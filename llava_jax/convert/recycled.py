@@ -1,7 +1,6 @@
 """Arrays whose memory is used again, since getting new memory from the system takes longer than filling it."""
 
 import math
-import threading
 
 import numpy as np
 
@@ -10,8 +9,9 @@ _LEAST_BYTES = 2**20
 # What is kept for later: enough for the few parts of a model that are held at a time.
 _KEPT_BYTES = 400 * 2**20
 
-_kept = []  # uint8 arrays that nobody uses, the last used last
-_lock = threading.RLock()  # a lease may end, by garbage collection, within another's begin
+# Memory that nobody uses, by its id, the last used last. Leases end in any thread at any time, so each change is one
+# operation of the dictionary.
+_kept: dict[int, np.ndarray] = {}
 
 
 class _Lease:
@@ -22,10 +22,14 @@ class _Lease:
         self._memory = memory
 
     def __del__(self):
-        with _lock:
-            _kept.append(self._memory)
-            while sum(memory.nbytes for memory in _kept) > _KEPT_BYTES:
-                del _kept[0]
+        _kept[id(self._memory)] = self._memory
+        kept = list(_kept.items())
+        excess = sum(memory.nbytes for _, memory in kept) - _KEPT_BYTES
+        for key, memory in kept:
+            if excess <= 0:
+                return
+            _kept.pop(key, None)
+            excess -= memory.nbytes
 
 
 def empty(shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -39,9 +43,8 @@ def empty(shape: tuple[int, ...], dtype) -> np.ndarray:
 
 
 def _memory(num_bytes: int) -> np.ndarray:
-    with _lock:
-        # The last used fits best into the processor's caches.
-        for i in reversed(range(len(_kept))):
-            if num_bytes <= _kept[i].nbytes <= 2 * num_bytes:
-                return _kept.pop(i)
+    # The last used is the likeliest to lie in the processor's caches.
+    for key, memory in reversed(list(_kept.items())):
+        if num_bytes <= memory.nbytes <= 2 * num_bytes and _kept.pop(key, None) is not None:
+            return memory
     return np.empty(num_bytes, np.uint8)
