@@ -11,6 +11,7 @@ import numpy as np
 
 from llava_jax.checkpoint import saved_steps
 from llava_jax.config import Config, InitConfig, ModelConfig, from_json
+from llava_jax.convert import recycled
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
@@ -211,6 +212,7 @@ def load(
         else:
             checksums[name] = shards.fill(leaf, _in_order(leaf))
         arrays[name] = shards.place()
+    recycled.forget()  # a training process may need it for something else
     return arrays
 
 

@@ -48,3 +48,8 @@ def _memory(num_bytes: int) -> np.ndarray:
         if num_bytes <= memory.nbytes <= 2 * num_bytes and _kept.pop(key, None) is not None:
             return memory
     return np.empty(num_bytes, np.uint8)
+
+
+def forget() -> None:
+    """Gives what is kept back to the system."""
+    _kept.clear()
