@@ -4,21 +4,18 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
 from llava_jax import saved_parameters
-from llava_jax.checkpoint import Checkpoints
-from llava_jax.config import CheckpointConfig, MeshConfig
+from llava_jax.config import MeshConfig
 from llava_jax.convert import source
 from llava_jax.convert.source import completed
 from llava_jax.errors import CheckpointError
 from llava_jax.saved_parameters import SavedParameters, save_args
 from llava_jax.sharding import make_mesh, parameter_sharding
-from llava_jax.step import TrainState
 
 KERNEL = "language_model.layers.mlp.up_proj.kernel"
 EMBEDDING = "language_model.embed_tokens.embedding"
@@ -86,13 +83,6 @@ def test_what_was_saved_in_whole_shards_is_read_whole(fsdp, values, tmp_path, mo
     saved = save(tmp_path, values, in_chunks=False, fsdp=fsdp)
     assert_read(saved, values)
     assert {saved.leaves()[name].axis for name in (KERNEL, EMBEDDING, HEAD)} == {None}
-
-
-def test_a_run_is_read_as_it_was_saved(values, tmp_path):
-    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    checkpoints.save(TrainState(jnp.int32(3), placed(values), ()), {"frozen": {}})
-    checkpoints.close()
-    assert_read(SavedParameters(tmp_path, 3), values)
 
 
 def bytes_read() -> int:
