@@ -14,9 +14,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from llava_jax.config import CheckpointConfig
-from llava_jax.convert.source import Leaf
 from llava_jax.digests import find_damage, write_digests
 from llava_jax.errors import CheckpointError
+from llava_jax.saved_parameters import save_args
 from llava_jax.step import TrainState
 from llava_jax.watchdog import Watchdog
 
@@ -85,7 +85,9 @@ class Checkpoints:
         whole = whole or not self.config.save_only_model
         kept = _as_dict(state) if whole else {"step": state.step, "trainable": state.trainable}
         meta = meta | {"optimizer": whole, "resumed_from": self.config.resume_from_checkpoint}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(kept), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(kept, save_args=save_args(kept)), meta=ocp.args.JsonSave(meta)
+        )
         self.saving = meta["step"]
         try:
             self.checkpointer.save(self.directory / str(self.saving), args=args, force=True)
@@ -236,36 +238,6 @@ class Checkpoints:
         _tell(
             f"checkpoints {', '.join(map(str, steps))} are now in {aside}; delete them when nobody needs them."
         )
-
-
-class SavedParameters:
-    """The trained parameters in one checkpoint, read one at a time into host memory."""
-
-    def __init__(self, directory: Path, step: int):
-        self.path = directory.absolute() / str(step)
-        self.checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        try:
-            self.metadata = self.checkpointer.metadata(self.path / "state").item_metadata.tree["trainable"]
-            meta = json.loads((self.path / "meta/metadata").read_text())
-        except Exception as error:
-            raise _unreadable(self.path, error) from error
-        self.frozen: dict[str, int] = meta["frozen"]  # checksums of the other parameters, by name
-
-    def leaves(self) -> dict[str, Leaf]:
-        return {
-            name: Leaf(tuple(leaf.shape), np.dtype(leaf.dtype), lambda name=name: self._read(name))
-            for name, leaf in self.metadata.items()
-        }
-
-    def _read(self, name: str) -> np.ndarray:
-        leaf = self.metadata[name]
-        item = {"trainable": {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}}
-        restore_args = {"trainable": {name: ocp.RestoreArgs(restore_type=np.ndarray)}}
-        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        try:
-            return self.checkpointer.restore(self.path / "state", args=args)["trainable"][name]
-        except Exception as error:
-            raise _unreadable(self.path, error) from error
 
 
 def saved_steps(directory: Path) -> list[int]:

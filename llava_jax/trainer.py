@@ -105,7 +105,8 @@ def _run_stages(
     results = {}
     for stage in stages:
         results[stage.name] = train_stage(stage, weights, mesh, log)
-        weights = after_stage(weights, stage.config, stage.checkpoints)
+        # Training has verified its checkpoint, or just written it.
+        weights = after_stage(weights, stage.config, stage.checkpoints, verify=False)
     if is_first():
         report.write_training(workdir, results, log.rows())
     if last.evaluate.path:

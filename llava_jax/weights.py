@@ -9,12 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llava_jax.checkpoint import SavedParameters, saved_steps
+from llava_jax.checkpoint import saved_steps, verified_steps
 from llava_jax.config import Config, InitConfig, ModelConfig, from_json
+from llava_jax.convert import recycled
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.optimizer import MODULES
+from llava_jax.saved_parameters import SavedParameters
 from llava_jax.step import abstract_model, random_parameters
 
 RUN_FORMAT = "llava_jax run"
@@ -98,12 +100,16 @@ def before_stage(weights: ModelSource, config: Config) -> ModelSource:
     return weights.with_leaves(_random_leaves(config.model, config.seed + 1, names))
 
 
-def after_stage(weights: ModelSource, config: Config, checkpoints: Path) -> ModelSource:
-    """`weights` with what the stage of this config trained, from the newest of its checkpoints."""
-    steps = saved_steps(checkpoints)
-    if not steps:
-        raise CheckpointError(f"{checkpoints} holds no finished checkpoint; train that stage first.")
-    saved = SavedParameters(checkpoints, steps[-1])
+def after_stage(weights: ModelSource, config: Config, checkpoints: Path, *, verify: bool) -> ModelSource:
+    """`weights` with what the stage of this config trained, from the newest of its checkpoints.
+
+    verify: from the newest that is not damaged; for that all of its files are read.
+    """
+    steps = verified_steps(checkpoints) if verify else reversed(saved_steps(checkpoints))
+    step = next(iter(steps), None)
+    if step is None:
+        raise CheckpointError(f"{checkpoints} holds no good checkpoint; train that stage first.")
+    saved = SavedParameters(checkpoints, step)
     weights = before_stage(weights, config)
     frozen = {
         name: _verified(name, weights.leaves[name], crc, saved.path) for name, crc in saved.frozen.items()
@@ -157,11 +163,14 @@ def checkpoint_directory(workdir: Path, stage: str) -> Path:
     return workdir / "checkpoints" / stage
 
 
-def open_any(path: str, *, vision_tower: str = "") -> ModelSource:
-    """A run directory, our model directory, or a Hugging Face directory; told apart by what is inside."""
+def open_any(path: str, *, vision_tower: str = "", needs_tower: bool = True) -> ModelSource:
+    """A run directory, our model directory, or a Hugging Face directory; told apart by what is inside.
+
+    The other arguments are those of `open_model`.
+    """
     if _is_run(Path(path)):
         return open_run(Path(path))
-    return open_model(path, vision_tower=vision_tower)
+    return open_model(path, vision_tower=vision_tower, needs_tower=needs_tower)
 
 
 def _is_run(path: Path) -> bool:
@@ -180,7 +189,7 @@ def open_run(workdir: Path) -> ModelSource:
         raise CheckpointError(f"{workdir / 'config.json'} is no run's settings ({error!r}).") from error
     weights = initial_weights(next(iter(stages.values())))
     for name, config in stages.items():
-        weights = after_stage(weights, config, checkpoint_directory(workdir, name))
+        weights = after_stage(weights, config, checkpoint_directory(workdir, name), verify=True)
     last = next(reversed(stages.values())).data
     return dataclasses.replace(weights, template=last.template, image_aspect_ratio=last.image_aspect_ratio)
 
@@ -207,6 +216,7 @@ def load(
         else:
             checksums[name] = shards.fill(leaf, _in_order(leaf))
         arrays[name] = shards.place()
+    recycled.forget()  # a training process may need it for something else
     return arrays
 
 

@@ -243,10 +243,35 @@ def test_an_adapter_directory_opens_with_the_base_that_it_names(llava_hf, stored
     merged = open_model(adapter)
     assert merged.layout == "merged"
     assert_same_leaves(merged, merge(open_model(base), open_adapter(adapter)))
-    edit_adapter = json.loads((adapter / "adapter_config.json").read_text())
-    edit_adapter["base_model_name_or_path"] = "lmsys/vicuna-7b-v1.5"
-    (adapter / "adapter_config.json").write_text(json.dumps(edit_adapter))
-    with pytest.raises(ConversionError, match=r"'lmsys/vicuna-7b-v1\.5' is no directory.*merge-lora BASE"):
+
+
+def test_the_base_that_an_adapter_names_may_be_a_repository(llava_hf, stored, tmp_path, monkeypatch):
+    base = as_original(llava_hf, tmp_path / "llava", tower=True, vision_config=VISION)
+    adapter = original_adapter(llava_hf, stored, tmp_path / "lora", base_model_name_or_path="org/llava")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tmp_path / name[4:]))
+    assert_same_leaves(open_model(adapter), merge(open_model(base), open_adapter(adapter)))
+
+
+@pytest.mark.parametrize(
+    "base, message",
+    [
+        (
+            "org/gone",
+            r"without its base: org/gone does not exist here, .* Or merge them with .*merge-lora BASE",
+        ),
+        ("./gone", r"without its base: gone does not exist\. Or merge them with .*merge-lora BASE"),
+        ("", r"names no base that is a model; merge them with .*merge-lora BASE"),
+    ],
+)
+def test_an_adapter_without_its_base_is_told_how_to_merge(
+    base, message, llava_hf, stored, tmp_path, monkeypatch
+):
+    def unreachable(*arguments, **options):
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    adapter = original_adapter(llava_hf, stored, tmp_path / "lora", base_model_name_or_path=base)
+    with pytest.raises(ConversionError, match=message):
         open_model(adapter)
 
 

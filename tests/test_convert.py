@@ -333,9 +333,12 @@ def test_a_tied_head_that_was_saved_must_be_a_copy(tmp_path):
         tmp_path / "llm", tmp_path / "copy", lambda t: t | {"lm_head.weight": embedding.clone()}
     )
     assert_same_leaves(open_model(copied), open_model(tmp_path / "llm"))
-    other = copy_with(tmp_path / "llm", tmp_path / "other", lambda t: t | {"lm_head.weight": embedding + 1})
-    with pytest.raises(ConversionError, match=r"lm_head\.weight and .*embed_tokens\.weight differ"):
-        open_model(other)
+    for name, head in (("other", embedding + 1), ("longer", torch.cat([embedding, embedding]))):
+        other = copy_with(
+            tmp_path / "llm", tmp_path / name, lambda t, head=head: t | {"lm_head.weight": head}
+        )
+        with pytest.raises(ConversionError, match=r"lm_head\.weight and .*embed_tokens\.weight differ"):
+            open_model(other)
 
 
 def test_an_original_without_its_tower_finds_it_beside_or_is_told(llava_hf, tmp_path):

@@ -12,7 +12,16 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from llava_jax.config import VisionConfig
 from llava_jax.convert.opening import open_model
-from tests.tiny_models import DECODERS, ROOT, VISION, copy_with, randomized, save_clip, save_llava
+from tests.tiny_models import (
+    DECODERS,
+    ROOT,
+    VISION,
+    as_original,
+    copy_with,
+    randomized,
+    save_clip,
+    save_llava,
+)
 from tools.convert_weights import byte_count, main
 
 
@@ -184,6 +193,20 @@ def test_a_projector_is_exported_alone(llava_hf, tmp_path, capsys):
     tensors = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
     assert tensors["model.mm_projector.0.weight"].shape == (24, 16)
     assert tensors["model.mm_projector.0.weight"].dtype == torch.float16
+
+
+def test_a_projector_is_exported_without_the_tower_that_its_model_lacks(llava_hf, tmp_path, capsys):
+    original = as_original(
+        llava_hf, tmp_path / "llava", tower=False, mm_vision_tower="elsewhere", vision_config=VISION
+    )
+    for name in ("p.safetensors", "directory"):
+        assert run("to-hf", original, tmp_path / name, "--only=projector") == 0
+    expected = load_file(original / "model.safetensors")
+    found = load_file(tmp_path / "p.safetensors")
+    assert len(found) == 4 and all(torch.equal(found[name], expected[name]) for name in found)
+    assert (tmp_path / "directory/mm_projector.bin").exists()
+    assert run("to-hf", original, tmp_path / "whole") == 12
+    assert "--vision-tower=DIR" in capsys.readouterr().err
 
 
 def test_a_template_can_be_named(llava_hf, tmp_path):

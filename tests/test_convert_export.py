@@ -17,11 +17,13 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from llava_jax.convert import source
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.export import write_hf
 from llava_jax.convert.names import model_rows
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.ours import write_model
+from llava_jax.convert.source import Leaf
 from tests.tiny_models import GOLDEN, LLAMA_TOKENIZER, assert_same_leaves, export, random_source, save_llava
 
 
@@ -44,6 +46,23 @@ def test_token_rows_are_added_as_means_and_cut_again(tmp_path):
         open_model(tmp_path / "hf").read("language_model.lm_head.kernel"),
         arrays["language_model.lm_head.kernel"],
     )
+
+
+def test_token_rows_are_the_same_means_when_the_vocabulary_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "_PART_BYTES", 500)
+    model, arrays = random_source()
+    write_hf(tmp_path / "whole", layout="llava-hf", model=model, read=arrays.__getitem__)
+
+    def read(name) -> Leaf:
+        array = arrays[name]
+        return Leaf(array.shape, array.dtype, lambda index=(): array[index], axis=0)
+
+    assert len(read("language_model.lm_head.kernel").parts()) > 1
+    write_hf(tmp_path / "parts", layout="llava-hf", model=model, read=read)
+    whole, parts = (load_numpy(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        np.testing.assert_allclose(parts[name], tensor, rtol=1e-6, atol=1e-12, err_msg=name)
+        np.testing.assert_array_equal(parts[name][:90], tensor[:90], err_msg=name)
 
 
 def test_a_model_that_was_never_imported_gets_identity_layers(tmp_path):

@@ -1,11 +1,14 @@
 """Models of any size are converted and loaded a part at a time, and appear complete or not at all."""
 
+import dataclasses
+import errno
 import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import zlib
@@ -20,24 +23,32 @@ import tensorstore as ts
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from llava_jax import weights
 from llava_jax.config import MeshConfig, ModelConfig, TextConfig, VisionConfig
-from llava_jax.convert import orbax_weights, source
+from llava_jax.convert import orbax_weights, recycled, source
 from llava_jax.convert.comparison import compare
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.export import write_hf
 from llava_jax.convert.names import model_rows
+from llava_jax.convert.new_directory import new_directory
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.ours import write_model
 from llava_jax.convert.progress import ProgressLine
-from llava_jax.convert.source import Leaf, ModelSource, completed
+from llava_jax.convert.source import Leaf, ModelSource, completed, extent
 from llava_jax.convert.tensors import TensorFiles
 from llava_jax.convert.transposing import contiguous
 from llava_jax.errors import CheckpointError
 from llava_jax.sharding import make_mesh, parameter_sharding
-from tests.tiny_models import ROOT, assert_same_leaves, assert_same_tensors, export, save_llava
+from tests.tiny_models import (
+    ROOT,
+    assert_same_leaves,
+    assert_same_tensors,
+    export,
+    random_source,
+    save_llava,
+)
 from tools.convert_weights import main
 
 COMMAND = [sys.executable, str(ROOT / "tools/convert_weights.py")]
@@ -84,7 +95,7 @@ def test_parts_follow_each_other_and_cover_a_leaf_once(shape, axis, part_bytes):
     assert [i for part in parts for i in range(part[axis].start, part[axis].stop)] == list(range(shape[axis]))
     for part in parts:
         assert all(part[i] == slice(0, size) for i, size in enumerate(shape) if i != axis)
-        assert math.prod(source.extent(part)) * 4 <= max(part_bytes, leaf.num_bytes // shape[axis])
+        assert math.prod(extent(part)) * 4 <= max(part_bytes, leaf.num_bytes // shape[axis])
 
 
 @pytest.mark.parametrize("kind", ["llava-hf", "ours"])
@@ -181,10 +192,74 @@ def test_transposed_copies_are_exact():
         np.testing.assert_array_equal(copy, array.T)
 
 
+def within_parts(model: ModelSource, asked: dict[str, int]) -> ModelSource:
+    """`model`, whose leaves note how often they are read and refuse to give more than the largest of their parts."""
+
+    def limited(name: str, leaf: Leaf) -> Leaf:
+        largest = max(math.prod(extent(completed(index, leaf.shape))) for index in leaf.parts())
+
+        def read(index=()):
+            asked[name] = asked.get(name, 0) + 1
+            assert math.prod(extent(completed(index, leaf.shape))) <= largest, (name, index)
+            return leaf.part(index)
+
+        return dataclasses.replace(leaf, read=read)
+
+    return model.with_leaves({name: limited(name, leaf) for name, leaf in model.leaves.items()})
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("kind", ["llava-hf", "ours"])
+def test_no_work_asks_for_more_than_one_part_at_a_time(kind, dtype, llava_hf, ours, tmp_path, monkeypatch):
+    # The patches' kernel, 5 MB in CLIP ViT-L/14, is written whole; here it takes 588 x 16 x 2 bytes.
+    monkeypatch.setattr(source, "_PART_BYTES", 1000)
+    model, asked = open_model(llava_hf if kind == "llava-hf" else ours), {}
+    patches = "vision_tower.patch_embedding.kernel"
+    limited = within_parts(model, asked).with_leaves({patches: model.leaves[patches]})
+    read = limited.leaves.__getitem__
+    export(limited, tmp_path / "hf", "llava-hf", read=read, dtype=dtype)
+    export(limited, tmp_path / "llava", "llava", read=read, dtype=dtype)
+    write_model(tmp_path / "ours", limited)
+    assert all(one.equal for one in compare(limited, open_model(tmp_path / "ours")))
+    parts = {name: len(limited.leaves[name].parts()) for name in asked}
+    assert {name: 4 * count for name, count in parts.items()} == asked
+    assert parts["language_model.lm_head.kernel"] > 4 and parts["language_model.embed_tokens.embedding"] > 4
+    assert parts["language_model.layers.mlp.up_proj.kernel"] == model.config.text.num_hidden_layers
+
+
+def test_memory_is_used_again_only_when_no_view_of_it_is_left(monkeypatch):
+    monkeypatch.setattr(recycled, "_kept", {})
+    first = recycled.empty((512, 1024), np.float32)
+    place, view = first.ctypes.data, first[:3].T
+    first[...] = 1
+    del first
+    other = recycled.empty((2**20,), jnp.bfloat16)
+    other[...] = 2
+    np.testing.assert_array_equal(view, np.ones((1024, 3)))
+    assert other.ctypes.data != place
+    del view
+    again = recycled.empty((1100, 512), np.float16)
+    assert again.ctypes.data == place and again.shape == (1100, 512) and again.flags.c_contiguous
+    for _ in range(3):
+        arrays = [recycled.empty((2**26,), np.uint8) for _ in range(9)]
+        assert len({array.ctypes.data for array in arrays}) == 9
+        del arrays
+    assert 0 < sum(memory.nbytes for memory in recycled._kept.values()) <= 400 * 2**20
+
+
+def test_loading_keeps_no_memory_for_later(monkeypatch):
+    monkeypatch.setattr(recycled, "_kept", {0: np.empty(9, np.uint8)})
+    model, arrays = random_source()
+    leaves = {name: Leaf(array.shape, array.dtype, lambda a=array: a) for name, array in arrays.items()}
+    source = ModelSource("parts", model, leaves)
+    weights.load(source, source.names(), jnp.bfloat16, lambda *leaf: SingleDeviceSharding(jax.devices()[0]))
+    assert recycled._kept == {}
+
+
 def test_neither_direction_holds_more_than_a_few_layers(tmp_path, monkeypatch):
-    """24 layers of 3 x 0.7 MB: the widest leaf alone takes 17 MB."""
+    """24 layers of 3 x 0.7 MB and 17000 tokens: each of the widest leaves takes 17 MB."""
     model = ModelConfig(
-        vision=VisionConfig(16, 32, 2, 2, 28, 14), text=TextConfig(128, 256, 704, 24, 4, 4, 64)
+        vision=VisionConfig(16, 32, 2, 2, 28, 14), text=TextConfig(17_000, 256, 704, 24, 4, 4, 64)
     )
     monkeypatch.setattr(source, "_PART_BYTES", 2**20)
     random = np.random.default_rng(0)
@@ -193,7 +268,7 @@ def test_neither_direction_holds_more_than_a_few_layers(tmp_path, monkeypatch):
         return Leaf(
             shape,
             np.dtype(np.float32),
-            lambda index=(): random.random(source.extent(completed(index, shape)), np.float32),
+            lambda index=(): random.random(extent(completed(index, shape)), np.float32),
             axis=0,
         )
 
@@ -240,6 +315,23 @@ def test_everything_is_on_the_disk_before_the_name_appears(llava_hf, tmp_path, m
     monkeypatch.setattr(os, "rename", renamed)
     write_model(tmp_path / "ours", open_model(llava_hf))
     assert events == [str(tmp_path)]  # the name itself
+
+
+def test_what_the_disk_refuses_while_more_is_written_is_no_success(tmp_path, monkeypatch):
+    """The system tells of it once, to whoever asks first."""
+    told, fsync = threading.Event(), os.fsync
+
+    def failing(file):
+        if told.is_set():
+            return fsync(file)
+        told.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"), new_directory(tmp_path / "new") as partial:
+        (partial / "file").write_bytes(bytes(100))
+        assert told.wait(30)
+    assert list(tmp_path.iterdir()) == []
 
 
 def killed_when(command, condition, signal_number) -> int:

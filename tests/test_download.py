@@ -19,7 +19,7 @@ from llava_jax.config import ModelConfig
 from llava_jax.convert.download import fetch
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.opening import open_model, open_parts
-from tests.tiny_models import ROOT, assert_same_leaves, save_clip, save_llava
+from tests.tiny_models import ROOT, as_original, assert_same_leaves, save_clip, save_llava
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 
@@ -152,7 +152,9 @@ def test_repositories_are_fetched_once_and_without_duplicates(tmp_path):
         assert len(hub.fetched) == sum(map(len, expected))
     offline = fetch_all(["org/both", "org/pickled", "org/other"], endpoint, tmp_path / "cache")[0]
     assert offline[:2] == paths[:2]
-    assert re.match(r"org/other is no path here, .* the hub cannot be reached \(.+\)\. Connect,", offline[2])
+    assert re.match(
+        r"org/other does not exist here, .* the hub cannot be reached \(.+\)\. Connect,", offline[2]
+    )
     assert_same_leaves(open_model(paths[0]), open_model(tmp_path / "model"))
 
 
@@ -164,10 +166,10 @@ def test_every_refusal_of_the_hub_is_one_paragraph_with_the_fix(tmp_path):
         lines,
         (
             r"org/gated is given only .* accept them on https://huggingface\.co/org/gated, then log in",
-            r"org/missing is no path here and no model on the Hugging Face hub that you may see; check the spelling",
+            r"org/missing does not exist here, and the Hugging Face hub has no model of that name .*; check the spelling",
             r"org/model on the Hugging Face hub has no branch, tag or commit 'nowhere'; https://",
-            r"org/broken .*(cannot be reached|could not be fetched).*418",
-            r"a--b/c could not be fetched .*Cannot have -- or \.\.",
+            r"org/broken does not exist here, .*(cannot be reached|could not be fetched).*418",
+            r"a--b/c does not exist here, and could not be fetched .*Cannot have -- or \.\.",
         ),
         strict=True,
     ):
@@ -181,9 +183,18 @@ def test_every_refusal_of_the_hub_is_one_paragraph_with_the_fix(tmp_path):
             OSError(errno.ENOSPC, "No space left on device"),
             r"disk is full before all of org/name.*HF_HOME.*goes on",
         ),
-        (OSError(errno.EACCES, "Permission denied"), r"org/name could not be fetched .*Permission denied"),
-        (RuntimeError("Data processing error"), r"org/name could not be fetched .*Data processing error"),
-        (TimeoutError(), r"org/name could not be fetched .*TimeoutError.*run the same command again"),
+        (
+            OSError(errno.EACCES, "Permission denied"),
+            r"org/name does not exist here, and could not be fetched .*Permission denied",
+        ),
+        (
+            RuntimeError("Data processing error"),
+            r"org/name does not exist here, and could not be fetched .*Data processing error",
+        ),
+        (
+            TimeoutError(),
+            r"org/name does not exist here, and could not be fetched .*TimeoutError.*run the same command again",
+        ),
     ],
 )
 def test_what_stops_a_download_is_named(error, message, monkeypatch):
@@ -222,3 +233,7 @@ def test_models_and_towers_may_be_named_by_repository(tmp_path, monkeypatch):
     assert_same_leaves(
         open_parts(ModelConfig(), vision_tower="org/clip"), open_parts(ModelConfig(), vision_tower=clip)
     )
+    original = as_original(
+        tmp_path / "model", tmp_path / "original", tower=False, mm_vision_tower="elsewhere"
+    )
+    assert_same_leaves(open_model(original, vision_tower="org/clip"), open_model(original, vision_tower=clip))

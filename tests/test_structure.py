@@ -47,7 +47,7 @@ FLOORS = (
     ("kernels", "sharding", "processes", "agreement"),
     ("models", "data", "optimizer"),
     ("convert", "step", "recorder", "quickstart"),
-    ("checkpoint", "program"),
+    ("checkpoint", "saved_parameters", "program"),
     ("weights",),
     ("generation", "report", "run_directory", "stage"),
     ("evaluation",),

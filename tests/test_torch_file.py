@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava_jax.convert.errors import ConversionError
@@ -206,6 +207,35 @@ def test_damaged_values_are_named(tmp_path):
     files = TensorFiles(tmp_path / "x.bin")
     files.read("a")
     with pytest.raises(ConversionError, match=r"x\.bin: the values of b are damaged"):
+        files.read("b")
+
+
+def test_damaged_values_are_found_in_parts_that_follow_each_other(tmp_path):
+    tensor = torch.arange(60.0).reshape(20, 3)
+    torch.save({"a": tensor}, tmp_path / "x.bin")
+    data = bytearray((tmp_path / "x.bin").read_bytes())
+    data[data.index(tensor.numpy().tobytes()) + 100] ^= 1
+    (tmp_path / "damaged.bin").write_bytes(data)
+    whole, damaged = (TensorFiles(tmp_path / name) for name in ("x.bin", "damaged.bin"))
+    for files in (whole, damaged):
+        files.read("a", 0, 7)
+        files.read("a", 14, 20)  # not what follows
+        files.read("a", 7, 14)
+    np.testing.assert_array_equal(whole.read("a", 14, 20), tensor[14:])
+    with pytest.raises(ConversionError, match=r"damaged\.bin: the values of a are damaged"):
+        damaged.read("a", 14, 20)
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.safetensors"])
+def test_a_file_that_is_cut_after_it_was_opened_is_named(name, tmp_path):
+    tensors = {"a": torch.ones(400), "b": torch.ones(400)}
+    torch.save(tensors, tmp_path / "x.bin")
+    save_file(tensors, tmp_path / "x.safetensors")
+    path = tmp_path / name
+    files = TensorFiles(path)
+    os.truncate(path, path.read_bytes().rindex(np.ones(400, np.float32).tobytes()) + 30)
+    np.testing.assert_array_equal(files.read("a"), np.ones(400))
+    with pytest.raises(ConversionError, match=rf"{name} ends within b; it was cut after it was opened"):
         files.read("b")
 
 

@@ -13,12 +13,13 @@ import pytest
 
 from llava_jax import stage as stage_module
 from llava_jax import trainer
-from llava_jax.checkpoint import Checkpoints, SavedParameters, saved_steps
+from llava_jax.checkpoint import Checkpoints, saved_steps
 from llava_jax.convert.opening import open_model
 from llava_jax.errors import CheckpointError, ConfigError, DataError, DivergedError, InUseError
 from llava_jax.generation import load_generator
 from llava_jax.recipe import STAGE_SECTIONS, default_config, parse
 from llava_jax.run_directory import open_run_directory
+from llava_jax.saved_parameters import SavedParameters
 from llava_jax.sharding import make_mesh
 from llava_jax.weights import initial_weights, open_any, open_run
 
@@ -489,7 +490,7 @@ def test_the_evaluation_loss_is_the_mean_over_tokens(tiny_recipe, tmp_path):
 def test_samples_for_validation_are_not_trained_on(tiny_recipe, tmp_path, monkeypatch):
     stages = []
     monkeypatch.setattr(trainer, "train_stage", lambda stage, *_: stages.append(stage) or {"steps": 0})
-    monkeypatch.setattr(trainer, "after_stage", lambda weights, *_: weights)
+    monkeypatch.setattr(trainer, "after_stage", lambda weights, *_, **__: weights)
     tiny_recipe.data.val_size = 10
     trainer.run(parse(tiny_recipe), tmp_path)
     names = [

@@ -136,11 +136,11 @@ def byte_count(text: str) -> int:
     return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
 
 
-def open_source(path: str, vision_tower: str = ""):
+def open_source(path: str, vision_tower: str = "", needs_tower: bool = True):
     """The one place where a command opens what it was given."""
     from llava_jax.weights import open_any
 
-    return open_any(path, vision_tower=vision_tower)
+    return open_any(path, vision_tower=vision_tower, needs_tower=needs_tower)
 
 
 def progress_line(model):
@@ -195,7 +195,7 @@ def to_hf(arguments, parser) -> None:
     if arguments.only and arguments.layout == "llava-hf":
         parser.error("--only=projector writes the original's files, the layout llava-hf has none for it")
     print(f"Reading {arguments.source}", flush=True)
-    model = open_source(arguments.source, arguments.vision_tower)
+    model = open_source(arguments.source, arguments.vision_tower, needs_tower=not arguments.only)
     if arguments.only:
         from llava_jax.convert.projector_file import write_projector
 

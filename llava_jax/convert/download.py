@@ -80,8 +80,8 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ConversionError(
-            f"{repository} is no path here and no model on the Hugging Face hub that you may see; check the "
-            "spelling, or log in (hf auth login) if it is private."
+            f"{repository} does not exist here, and the Hugging Face hub has no model of that name that you may see; "
+            "check the spelling, or log in (hf auth login) if it is private."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ConversionError(
@@ -90,7 +90,7 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise ConversionError(
-            f"{repository} is no path here, is not in the hub's cache as a whole, and the hub cannot be reached "
+            f"{repository} does not exist here, is not in the hub's cache as a whole, and the hub cannot be reached "
             f"({_reason(error)}). Connect, unset HF_HUB_OFFLINE, or give the path of a copy."
         ) from error
     except OSError as error:
@@ -106,7 +106,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
 def _failed(repository: str, error: Exception) -> ConversionError:
     return ConversionError(
-        f"{repository} could not be fetched from the Hugging Face hub ({_reason(error)}). "
+        f"{repository} does not exist here, and could not be fetched from the Hugging Face hub ({_reason(error)}). "
         "What has arrived is kept; run the same command again."
     )
 

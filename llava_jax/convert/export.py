@@ -1,8 +1,9 @@
 """Writes a model as a Hugging Face directory (llava-hf) or in the original LLaVA's layout."""
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 (teaches numpy the name "bfloat16")
@@ -11,17 +12,18 @@ import numpy as np
 from llava_jax.config import ModelConfig
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.hf_processor import write_processor, write_slow_tokenizer_config, write_tokenizer
+from llava_jax.convert.matching import reading_axis
 from llava_jax.convert.model_configs import (
     ORIGINAL_TOKENS,
     SpecialTokens,
     write_llava_config,
     write_llava_hf_config,
 )
-from llava_jax.convert.names import VOCABULARY, Row, idle_vision_rows, model_rows, spell
+from llava_jax.convert.names import PATCHES, VOCABULARY, Row, idle_vision_rows, model_rows, spell
 from llava_jax.convert.new_directory import new_directory
 from llava_jax.convert.progress import Progress, silent
 from llava_jax.convert.shard_writer import ShardWriter
-from llava_jax.convert.source import Leaf, read_ahead
+from llava_jax.convert.source import Index, Leaf, read_ahead
 from llava_jax.convert.tokenizer_files import copy_tokenizer
 from llava_jax.convert.transposing import contiguous
 
@@ -42,7 +44,7 @@ def write_hf(
 ) -> None:
     """Writes safetensors, configs, tokenizer and processor so that the layout's own software loads them.
 
-    `read` gives an array by our name. Of a Leaf, which is not read yet, a few layers are held at a time.
+    `read` gives an array by our name. Of a Leaf, which is not read yet, a few parts are held at a time.
     `dtype` None keeps each array's own. `progress` is told of every part that has been written.
 
     "llava-hf" gets the names of the published files, which all versions of transformers read. Its vocabulary
@@ -119,12 +121,14 @@ def _write_tensors(
     }
     writer = ShardWriter(directory, names=list(names.values()), max_shard_size=max_shard_size)
     for row, leaf in zip(rows, leaves, strict=True):
-        for part, name in _tensors(row, leaf):
-            tensor = contiguous(row.to_theirs(_cast(part, dtype, row.leaf)))
+        stored = np.dtype(dtype or leaf.dtype)
+        for name, parts in _tensors(row, leaf):
+            shape, parts = row.tensor_shape, _to_theirs(row, parts, dtype, progress)
             if name in VOCABULARY:
-                tensor = _with_more_rows(tensor, set_aside.get(name), vocabulary)
-            writer.add(names[name], tensor)
-            progress(part.nbytes)
+                more = set_aside.get(name, np.empty((0, shape[1]), stored))
+                parts = _with_more_rows(parts, shape[0], _cast(more, stored.name, name), vocabulary)
+                shape = (vocabulary, shape[1])
+            writer.add(names[name], shape, stored, parts)
         if row.leaf == "vision_tower.class_embedding":
             vision_dtype = leaf.dtype
     for row in idle_rows:
@@ -132,28 +136,49 @@ def _write_tensors(
         if tensor is None:
             is_norm_scale = re.search(r"norm\d?\.weight$", row.leaf)
             tensor = np.full(row.shape, 1 if is_norm_scale else 0, vision_dtype)
-        writer.add(names[row.leaf], _cast(tensor, dtype, row.leaf))
+        tensor = _cast(tensor, dtype, row.leaf)
+        writer.add(names[row.leaf], tensor.shape, tensor.dtype, [tensor])
     writer.close()
 
 
-def _tensors(row: Row, leaf: Leaf) -> Iterator[tuple[np.ndarray, str]]:
-    """For each tensor of a row our part of the leaf and the canonical name."""
+def _tensors(row: Row, leaf: Leaf) -> Iterator[tuple[str, Iterable[np.ndarray]]]:
+    """For each tensor of a row the canonical name and the parts of the leaf that follow each other in it."""
+    parts = read_ahead(leaf, _ranges(row, leaf))
     if not row.stacked:
-        yield leaf.read(), row.tensors[0]
+        yield row.tensors[0], parts
         return
     names = iter(row.tensors)
-    for layers in read_ahead(leaf, leaf.parts()):
-        yield from zip(layers, names)  # noqa: B905 (a part may hold fewer layers)
+    for layers in parts:
+        for layer, name in zip(layers, names):  # noqa: B905 (a part may hold fewer layers)
+            yield name, [layer]
 
 
-def _with_more_rows(tensor: np.ndarray, more: np.ndarray | None, count: int) -> np.ndarray:
-    """`tensor` [V, D] with `more` below it, then its own mean, `count` rows in all."""
-    if len(tensor) == count:
-        return tensor
-    more = np.empty((0, tensor.shape[1]), tensor.dtype) if more is None else more[: count - len(tensor)]
-    mean = tensor.mean(axis=0, keepdims=True, dtype=np.float32).astype(tensor.dtype)
-    rest = np.repeat(mean, count - len(tensor) - len(more), axis=0)
-    return np.concatenate([tensor, more.astype(tensor.dtype), rest])
+def _ranges(row: Row, leaf: Leaf) -> list[Index]:
+    """Where the parts of a leaf lie: whole layers, or what becomes rows of the only tensor."""
+    if leaf.axis is None or row.how == PATCHES:
+        return [()]
+    return dataclasses.replace(leaf, axis=reading_axis(row)).parts()
+
+
+def _to_theirs(row: Row, parts: Iterable[np.ndarray], dtype, progress) -> Iterator[np.ndarray]:
+    for part in parts:
+        yield contiguous(row.to_theirs(_cast(part, dtype, row.leaf)))
+        progress(part.nbytes)
+
+
+def _with_more_rows(
+    parts: Iterable[np.ndarray], length: int, more: np.ndarray, count: int
+) -> Iterator[np.ndarray]:
+    """The `length` rows of `parts` [_, D], `more` below them, then the mean of the former: `count` rows in all."""
+    more = more[: count - length]
+    missing = count - length - len(more)
+    total = np.zeros(more.shape[1])
+    for rows in parts:
+        if missing:
+            total += rows.sum(axis=0, dtype=np.float64)
+        yield rows
+    yield more
+    yield np.tile((total / length).astype(more.dtype), (missing, 1))
 
 
 def _cast(array: np.ndarray, dtype: str | None, name: str) -> np.ndarray:

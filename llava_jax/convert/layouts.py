@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_jax.config import VisionConfig
 from llava_jax.convert.component_configs import read_text_config, read_vision_config, refuse
+from llava_jax.convert.download import fetch
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.json_files import read_json
 from llava_jax.convert.matching import Matching
@@ -103,7 +104,7 @@ def _llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> Readin
     if not holds_tower and tower is None:
         lacks = (
             f"{path} holds no CLIP tower, and mm_vision_tower={fields.get('mm_vision_tower')!r} in "
-            "its config.json is no directory here; give one (--vision-tower=DIR)."
+            "its config.json is no directory here; give one, or a repository (--vision-tower=DIR)."
         )
         if fields.get("mm_vision_tower") not in PUBLISHED_TOWERS and "vision_config" not in fields:
             raise ConversionError(lacks)
@@ -182,7 +183,7 @@ def read_projector(path: Path, files: TensorFiles) -> Reading:
     if first not in matching.names() or len(matching.shape(first)) != 2:
         raise ConversionError(f"{path} holds no projector (no tensor named like mm_projector.0.weight).")
     text_width, vision_width = matching.shape(first)
-    part = Part(matching, projector_rows(vision_width, text_width, depth), only=PROJECTOR)
+    part = Part(matching, projector_rows(vision_width, text_width, depth))
     return Reading("projector", None, (part,))
 
 
@@ -203,11 +204,9 @@ def whole(layout, path, fields, model, parts, *, default_aspect_ratio) -> Readin
 
 
 def tower_directory(path: Path, fields: dict, vision_tower) -> Path | None:
-    """The given directory; else what mm_vision_tower names, inside `path` or beside it if not absolute."""
+    """The given directory or repository; else what mm_vision_tower names, inside `path` or beside it if not absolute."""
     if vision_tower:
-        if not Path(vision_tower).is_dir():
-            raise ConversionError(f"--vision-tower={vision_tower} is no directory.")
-        return Path(vision_tower)
+        return fetch(vision_tower)
     name = fields.get("mm_vision_tower") or fields.get("vision_tower") or ""
     folders = [path / name, path.parent / name, path / Path(name).name, path.parent / Path(name).name]
     return next((folder for folder in folders if name and (folder / "config.json").exists()), None)

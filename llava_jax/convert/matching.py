@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from llava_jax.convert import recycled
 from llava_jax.convert.errors import ConversionError, listing
 from llava_jax.convert.names import (
     EMBEDDING,
@@ -14,7 +15,6 @@ from llava_jax.convert.names import (
     Row,
     canonical,
     is_ignorable,
-    spell,
 )
 from llava_jax.convert.source import Index, Leaf, completed, extent
 from llava_jax.convert.tensors import TensorFiles
@@ -28,15 +28,14 @@ class Matching:
         """`only`: a canonical prefix; other tensors are none of our business."""
         self.files = files
         self.layout = layout
-        self._used = set()
         self._names = {}  # canonical -> in the file
-        self._strange = []
+        self.strange = []  # the tensors of the files that the layout does not know, or that it has already
         for name in files.names():
             known = canonical(name, layout)
             if is_ignorable(name, layout) or (only and not (known or "").startswith(only)):
                 continue
             if known is None or known in self._names:
-                self._strange.append(name)
+                self.strange.append(name)
             else:
                 self._names[known] = name
 
@@ -50,30 +49,28 @@ class Matching:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.files.shape(self._names[name])
 
-    def drop_tied_head(self) -> None:
-        """Forgets the copy of the embeddings that some files of tied models hold. Raises if it is no copy."""
-        if HEAD not in self._names or EMBEDDING not in self._names:
+    def check_tied_head(self) -> None:
+        """Some files of tied models hold a head all the same. Raises if it is no copy of the embeddings."""
+        if HEAD not in self._names:
             return
         head, embedding = self._names[HEAD], self._names[EMBEDDING]
         rows = self.files.shape(embedding)[0]
-        for begin in range(0, rows, 4096):
-            parts = [self.files.read(name, begin, min(begin + 4096, rows)) for name in (head, embedding)]
-            if not np.array_equal(*parts):
-                raise ConversionError(
-                    f"{self.files.path}: config.json ties lm_head to the embeddings, but {head} and "
-                    f"{embedding} differ; set tie_word_embeddings to false if they were trained apart."
-                )
-        del self._names[HEAD]
+        ranges = [(begin, min(begin + 4096, rows)) for begin in range(0, rows, 4096)]
+        if self.files.shape(head) != self.files.shape(embedding) or not all(
+            np.array_equal(self.files.read(head, *rows), self.files.read(embedding, *rows)) for rows in ranges
+        ):
+            raise ConversionError(
+                f"{self.files.path}: config.json ties lm_head to the embeddings, but {head} and "
+                f"{embedding} differ; set tie_word_embeddings to false if they were trained apart."
+            )
 
     def leaves(
-        self, rows: Iterable[Row], idle_rows: Iterable[Row] = (), *, file_vocabulary: int | None = None
+        self, rows: Iterable[Row], idle_rows: Iterable[Row]
     ) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-        """Our leaves and the idle tensors. Files may hold `file_vocabulary` token rows, more than ours.
+        """Our leaves and the idle tensors, of rows whose tensors are all there and have their shapes.
 
-        Raises one ConversionError that names missing, unexpected and mis-shaped tensors.
+        The files may hold more token rows than ours, which are idle.
         """
-        rows, idle_rows = list(rows), list(idle_rows)
-        self._check([*rows, *idle_rows], file_vocabulary)
         leaves = {row.leaf: self._leaf(row) for row in rows}
         idle = {row.leaf: self._leaf(row) for row in idle_rows}
         for row in rows:
@@ -81,30 +78,6 @@ class Matching:
             if name in VOCABULARY and self.shape(name)[0] > row.tensor_shape[0]:
                 idle[name] = self._extra_rows(name, row.tensor_shape[0])
         return leaves, idle
-
-    def _check(self, rows: list[Row], file_vocabulary: int | None) -> None:
-        expected = {}
-        for row in rows:
-            for name in row.tensors:
-                expected[name] = row.tensor_shape
-                if name in VOCABULARY and file_vocabulary is not None:
-                    expected[name] = (file_vocabulary, *row.tensor_shape[1:])
-        missing = [spell(name, self.layout) for name in expected if name not in self._names]
-        unexpected = self._strange + [name for known, name in self._names.items() if known not in expected]
-        wrong = [
-            f"{self._names[name]} {list(self.shape(name))} instead of {list(shape)}"
-            for name, shape in expected.items()
-            if name in self._names and self.shape(name) != shape
-        ]
-        found = {"are missing": missing, "are unexpected": unexpected, "have another shape": wrong}
-        problems = [
-            f"{len(names)} tensors {what} ({listing(names)})" for what, names in found.items() if names
-        ]
-        if problems:
-            raise ConversionError(
-                f"{self.files.path} does not match its config.json as a {self.layout} checkpoint: "
-                f"{'; '.join(problems)}. Fetch the files again, or correct config.json."
-            )
 
     def _leaf(self, row: Row) -> Leaf:
         names = [self._names[name] for name in row.tensors]
@@ -120,7 +93,7 @@ class Matching:
             index = completed(index, row.shape)
             if not row.stacked:
                 return contiguous(self._read(row, names[0], index))
-            stacked = np.empty(extent(index), dtype)
+            stacked = recycled.empty(extent(index), dtype)
             for layer, name in zip(stacked, names[index[0]], strict=True):
                 copy_into(layer, self._read(row, name, index[1:]))
             return stacked

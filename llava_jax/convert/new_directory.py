@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ def new_directory(destination) -> Iterator[Path]:
     _remove(partial)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _written_early(partial):
+            yield partial
         for folder, _, files in os.walk(partial):
             for path in [*(os.path.join(folder, name) for name in files), folder]:
                 _synchronise(path)
@@ -38,6 +40,45 @@ def new_directory(destination) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def _written_early(directory: Path) -> Iterator[None]:
+    """Meanwhile writes what comes into `directory` to the disk, and gives up the memory that held it.
+
+    Else the system collects gigabytes before it begins, in memory that it first has to find.
+    """
+    done, failures = threading.Event(), []
+
+    def write() -> None:
+        sizes = {}
+        while not done.wait(0.2):
+            try:
+                _write_grown(directory, sizes)
+            except OSError as error:  # is told only once, not to the one who synchronises at the end
+                failures.append(error)
+                return
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _write_grown(directory: Path, sizes: dict[str, int]) -> None:
+    """Writes the files that are not as large as `sizes` says, and notes how large they are."""
+    for folder, _, files in os.walk(directory):
+        for path in (os.path.join(folder, name) for name in files):
+            with contextlib.suppress(FileNotFoundError):  # it was renamed
+                size = os.path.getsize(path)
+                if sizes.get(path, 0) != size:
+                    sizes[path] = size
+                    _synchronise(path, forget=True)
+
+
 def _remove(partial: Path) -> None:
     for _ in range(10):  # a thread of an interrupted write may still add files
         shutil.rmtree(partial, ignore_errors=True)
@@ -46,10 +87,12 @@ def _remove(partial: Path) -> None:
         time.sleep(0.1)
 
 
-def _synchronise(path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on the disk."""
+def _synchronise(path, *, forget: bool = False) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk; `forget`: and no longer in memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

@@ -15,11 +15,12 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles
 
 
-def open_model(path, *, vision_tower="") -> ModelSource:
+def open_model(path, *, vision_tower="", needs_tower=True) -> ModelSource:
     """Opens a whole model, a CLIP tower, a decoder, a LoRA adapter with its base, or a file of projector weights.
 
-    Reads headers only. `vision_tower`: a CLIP directory for an original LLaVA that holds no tower and names none
-    that is here. A tower inside the checkpoint wins over it. Raises ConversionError.
+    Reads headers only. `vision_tower`: a CLIP directory or repository for an original LLaVA that holds no tower and
+    names none that is here. A tower inside the checkpoint wins over it. Where it is not needed, the model may come
+    without. Raises ConversionError.
     """
     path = fetch(path)
     if is_adapter(path):
@@ -27,7 +28,8 @@ def open_model(path, *, vision_tower="") -> ModelSource:
         return merge(_base_of(adapter, vision_tower), adapter, vision_tower=vision_tower)
     if ours.is_ours(path):
         return ours.open_ours(path)
-    return layouts.read_layout(path, vision_tower).source()
+    reading = layouts.read_layout(path, vision_tower)
+    return (reading if needs_tower else dataclasses.replace(reading, lacks="")).source()
 
 
 def read_model(path, *, vision_tower="") -> Reading | Adapter | ModelSource:
@@ -77,15 +79,19 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> Mod
 
 
 def _base_of(adapter: Adapter, vision_tower) -> ModelSource:
-    """The model that an adapter's own files name: components beside it, or a directory that is here."""
+    """The model that an adapter's own files name: components beside it, a directory or a repository."""
     if layouts.has_components(adapter.path):
         return layouts.read_layout(adapter.path).source()
-    if adapter.base and Path(adapter.base).is_dir() and not is_adapter(Path(adapter.base)):
-        return open_model(adapter.base, vision_tower=vision_tower)
-    raise ConversionError(
-        f"{adapter.path} is a LoRA adapter, and its base {adapter.base!r} is no directory here; merge them with "
-        f"convert_weights.py merge-lora BASE {adapter.path} DST."
-    )
+    advice = f"merge them with convert_weights.py merge-lora BASE {adapter.path} DST."
+    try:
+        base = fetch(adapter.base)
+    except ConversionError as error:
+        raise ConversionError(
+            f"{adapter.path} is a LoRA adapter without its base: {error} Or {advice}"
+        ) from error
+    if not adapter.base or is_adapter(base):
+        raise ConversionError(f"{adapter.path} is a LoRA adapter and names no base that is a model; {advice}")
+    return open_model(base, vision_tower=vision_tower)
 
 
 def _component(path, layout: str, noun: str) -> ModelSource:

@@ -76,7 +76,7 @@ def _result(future, name: str):
 
 
 class StoredArrays:
-    """The arrays of a checkpoint that `save` wrote."""
+    """The arrays of a checkpoint that `save` or orbax wrote."""
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()

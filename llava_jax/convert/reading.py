@@ -1,12 +1,12 @@
 """How the tensors of some files become a model, decided from headers: before, or without, reading any."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from llava_jax.config import ModelConfig, TextConfig, VisionConfig
-from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.errors import ConversionError, listing
 from llava_jax.convert.matching import Matching
-from llava_jax.convert.names import HEAD, VOCABULARY, Row, canonical, is_ignorable, spell
+from llava_jax.convert.names import HEAD, VOCABULARY, Row, is_ignorable, spell
 from llava_jax.convert.source import Leaf, ModelSource
 
 
@@ -15,7 +15,7 @@ class Part:
     """Files, and the rows of the name table that their tensors should fill.
 
     `tied`: a head in the files is only a copy of the embeddings. `file_vocabulary`: how many token rows they
-    hold, where these are more than ours. `only`: a canonical prefix; other tensors are none of our business.
+    hold, where these are more than ours.
     """
 
     matching: Matching
@@ -23,13 +23,25 @@ class Part:
     idle_rows: Sequence[Row] = ()
     tied: bool = False
     file_vocabulary: int | None = None
-    only: str = ""
 
     def read(self) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-        """Leaves and idle tensors; raises ConversionError if not all of the files' tensors fit."""
+        """Leaves and idle tensors; raises one ConversionError that names all tensors that do not fit."""
+        found = {
+            "are missing": self.missing(),
+            "are unexpected": self.unexpected(),
+            "have another shape": self.misshaped(),
+        }
+        problems = [
+            f"{len(names)} tensors {what} ({listing(names)})" for what, names in found.items() if names
+        ]
+        if problems:
+            raise ConversionError(
+                f"{self._files.path} does not match its config.json as a {self._layout} checkpoint: "
+                f"{'; '.join(problems)}. Fetch the files again, or correct config.json."
+            )
         if self.tied:
-            self.matching.drop_tied_head()
-        return self.matching.leaves(self.rows, self.idle_rows, file_vocabulary=self.file_vocabulary)
+            self.matching.check_tied_head()
+        return self.matching.leaves(self.rows, self.idle_rows)
 
     def ignorable(self) -> list[str]:
         """The tensors that mean nothing to LLaVA, as the files spell them."""
@@ -43,8 +55,8 @@ class Part:
     def unexpected(self) -> list[str]:
         """The tensors that the config does not ask for, as the files spell them."""
         expected = self._expected().keys() | ({HEAD} if self.tied else set())
-        used = {self.matching.file_name(name) for name in self.matching.names() if name in expected}
-        return [name for name in self._own_names() if name not in used]
+        others = [self.matching.file_name(name) for name in self.matching.names() if name not in expected]
+        return self.matching.strange + others
 
     def misshaped(self) -> list[str]:
         """The tensors of another shape than the config asks for, with both shapes."""
@@ -62,12 +74,6 @@ class Part:
     @property
     def _layout(self) -> str:
         return self.matching.layout
-
-    def _own_names(self) -> Iterator[str]:
-        for name in self._files.names():
-            known = canonical(name, self._layout) or ""
-            if not is_ignorable(name, self._layout) and known.startswith(self.only):
-                yield name
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         shapes = {}

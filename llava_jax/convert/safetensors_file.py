@@ -1,7 +1,7 @@
 """One safetensors file, read tensor by tensor."""
 
-import contextlib
-from collections.abc import Iterator
+import json
+import math
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 (teaches numpy, and through it safetensors, the name "bfloat16")
@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llava_jax.convert.errors import ConversionError, listing
+from llava_jax.convert.file_bytes import read_run
 from llava_jax.convert.json_files import repeated_keys
 
 _DTYPES = {
@@ -35,41 +36,41 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self.tensors = {}
-        with self._open() as handle:
-            self._refuse_repeated_names()
-            for name in handle.keys():  # noqa: SIM118 (the handle is not iterable)
-                part = handle.get_slice(name)
-                self.tensors[name] = (
-                    tuple(part.get_shape()),
-                    _DTYPES.get(part.get_dtype(), part.get_dtype()),
-                )
+        self._begins = {}  # of each tensor's bytes
+        try:
+            with safe_open(path, framework="np") as handle:
+                names = list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(
+                f"{path} cannot be read as a safetensors file ({error}); fetch or write it again."
+            ) from error
+        begin, header = self._header()
+        for name in names:
+            entry = header[name]
+            self.tensors[name] = tuple(entry["shape"]), _DTYPES.get(entry["dtype"], entry["dtype"])
+            self._begins[name] = begin + entry["data_offsets"][0]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Rows `begin` to `end` of a tensor; no other bytes of the file are read."""
-        shape, _ = self.tensors[name]
-        with self._open() as handle:
-            if (begin, end) in ((0, None), (0, shape[0] if shape else None)):
-                return handle.get_tensor(name)
-            return handle.get_slice(name)[begin:end]
+        shape, dtype = self.tensors[name]
+        if shape:
+            begin, end, _ = slice(begin, end).indices(shape[0])
+            shape = (max(end - begin, 0), *shape[1:])
+        row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+        return read_run(self.path, self._begins[name] + begin * row_bytes, shape, dtype, name)
 
-    def _refuse_repeated_names(self) -> None:
-        """The library takes the last of two entries of one name, other readers may take the first."""
+    def _header(self) -> tuple[int, dict]:
+        """Where the tensors begin, and what the library has found right, but for names that are there twice.
+
+        The library takes the last of two entries of one name, other readers may take the first.
+        """
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            repeated = repeated_keys(file.read(length).decode())
+            header = file.read(length).decode()
+        repeated = repeated_keys(header)
         if repeated:
             raise ConversionError(
                 f"{self.path} cannot be read as a safetensors file (its header lists {listing(repeated)} twice); "
                 "fetch or write it again."
             )
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[safe_open]:
-        try:
-            handle = safe_open(self.path, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(
-                f"{self.path} cannot be read as a safetensors file ({error}); fetch or write it again."
-            ) from error
-        with handle:
-            yield handle
+        return 8 + length, json.loads(header)

@@ -1,7 +1,9 @@
 """Writes safetensors files, sharded, as a stream."""
 
 import json
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ class ShardWriter:
     """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes and their index.
 
     The safetensors library needs all tensors of a file in memory at once. The format is a length, a JSON
-    header and the bytes, so here a header's room is left free, the bytes are streamed tensor by tensor, and
-    the header is filled in last.
+    header and the bytes, so here a header's room is left free, the bytes are streamed part by part, and the
+    header is filled in last.
     """
 
     def __init__(self, directory: Path, *, names: list[str], max_shard_size: int):
@@ -26,21 +28,25 @@ class ShardWriter:
         self._headers = []  # per shard: name -> entry
         self._position = 0
 
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Appends a tensor of a dtype that `TensorFiles` reads."""
-        if not self._headers or (self._position and self._position + array.nbytes > self._max_shard_size):
+    def add(self, name: str, shape: tuple[int, ...], dtype: np.dtype, parts: Iterable[np.ndarray]) -> None:
+        """Appends a tensor of a dtype that `TensorFiles` reads; `parts` hold its values one after the other."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if not self._headers or (self._position and self._position + num_bytes > self._max_shard_size):
             self._finish_shard()
             self._headers.append({})
             self._shard().write_bytes(bytes(8 + self._room))
             self._position = 0
-        end = self._position + array.nbytes
+        end = self._position + num_bytes
         self._headers[-1][name] = {
-            "dtype": _CODES[array.dtype.name],
-            "shape": list(array.shape),
+            "dtype": _CODES[dtype.name],
+            "shape": list(shape),
             "data_offsets": [self._position, end],
         }
         with open(self._shard(), "ab") as file:
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            for part in parts:
+                assert part.dtype == dtype
+                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            assert file.tell() == 8 + self._room + end
         self._position = end
 
     def _shard(self) -> Path:

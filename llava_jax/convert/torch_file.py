@@ -13,6 +13,7 @@ import ml_dtypes  # noqa: F401 (teaches numpy the name "bfloat16")
 import numpy as np
 
 from llava_jax.convert.errors import ConversionError, listing
+from llava_jax.convert.file_bytes import read_run
 from llava_jax.convert.restricted_pickle import Storage, StoredTensor, run_pickle
 from llava_jax.convert.stored_zip import Entry, zip_entries
 
@@ -34,6 +35,7 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._read_so_far = {}  # storage key -> how many of its first bytes, and their checksum
         try:
             with open(path, "rb") as file:
                 is_zip = file.read(4) == MAGIC[0]
@@ -51,7 +53,8 @@ class TorchFile:
     def read(self, name: str, begin: int = 0, end: int | None = None) -> np.ndarray:
         """Rows `begin` to `end` of a tensor; no other bytes of the file are read.
 
-        A tensor that is all of a storage is checked against the zip's checksum when it is read whole.
+        A storage is checked against the zip's checksum when it has been read whole, at once or in parts that follow
+        each other.
         """
         view = self._views[name]
         begin, end, _ = slice(begin, end).indices(view.shape[0]) if view.shape else (0, 1, 1)
@@ -74,18 +77,24 @@ class TorchFile:
 
     def _read_run(self, name: str, part: StoredTensor) -> np.ndarray:
         dtype, place = np.dtype(part.storage.dtype), self._places[part.storage.key]
-        array = np.empty(part.shape, dtype)
-        data = array.reshape(-1).view(np.uint8)
-        with open(self.path, "rb") as file:
-            file.seek(place.begin + part.offset * dtype.itemsize)
-            if file.readinto(data) != data.nbytes:
-                raise ConversionError(f"{self.path} ends within {name}; it was cut after it was opened.")
+        begin = part.offset * dtype.itemsize
+        array = read_run(self.path, place.begin + begin, part.shape, dtype, name)
         # torch.save writes 0 where it is told not to compute checksums (torch.serialization.set_crc32_options).
-        if place.crc and data.nbytes == place.end - place.begin and zlib.crc32(data) != place.crc:
+        if place.crc and not self._is_sound(part.storage.key, begin, array.reshape(-1).view(np.uint8)):
             raise ConversionError(
                 f"{self.path}: the values of {name} are damaged (checksum); fetch it again."
             )
         return array
+
+    def _is_sound(self, key: str, begin: int, data: np.ndarray) -> bool:
+        """False if `data`, which lies at byte `begin` of a storage, completes it and its checksum is another."""
+        end, crc = self._read_so_far.get(key, (0, 0)) if begin else (0, 0)
+        if end != begin:  # not all that lies before it has just been read
+            return True
+        end, crc = begin + data.nbytes, zlib.crc32(data, crc)
+        self._read_so_far[key] = end, crc
+        place = self._places[key]
+        return end < place.end - place.begin or crc == place.crc
 
     def _read_strided(self, part: StoredTensor) -> np.ndarray:
         dtype, place = np.dtype(part.storage.dtype), self._places[part.storage.key]

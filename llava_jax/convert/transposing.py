@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from llava_jax.convert import recycled
+
 _BLOCK = 256
 # Rows of a block begin at other places in the cache, where those of a matrix whose width is a power of two collide.
 _PADDING = 32
@@ -27,6 +29,6 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     """`array`, or a copy of it in C order."""
     if array.flags.c_contiguous:
         return array
-    copy = np.empty(array.shape, array.dtype)
+    copy = recycled.empty(array.shape, array.dtype)
     copy_into(copy, array)
     return copy
