@@ -235,17 +235,17 @@ def test_frozen_weights_have_no_gradients_to_reduce_and_no_copies_in_float32():
         assert f"{weights[0]}x{weights[1]}xf32>" not in lowered.as_text(), weights
 
 
+def gathers_embeddings(condition: bool = True):
+    reason = "the network does not say how the tokens' embeddings lie"
+    return pytest.mark.xfail(condition, reason=reason, strict=True)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
         (1, 8, 1),
-        (1, 4, 2),
-        pytest.param(
-            (2, 2, 2),
-            marks=pytest.mark.xfail(
-                strict=True, reason="the network does not say how the tokens' embeddings lie"
-            ),
-        ),
+        pytest.param((1, 4, 2), marks=gathers_embeddings(jax.__version_info__ >= (0, 11))),
+        pytest.param((2, 2, 2), marks=gathers_embeddings()),
     ],
     ids=str,
 )
