@@ -20,7 +20,9 @@ def run_command(main: Callable[[], None]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
-    logging.set_verbosity(logging.FATAL)  # orbax warns of its own layout, and prints tracebacks of what it raises
+    logging.set_verbosity(
+        logging.FATAL
+    )  # orbax warns of its own layout, and prints tracebacks of what it raises
     app.run(lambda _: _end_with_errors(main), flags_parser=_parse_flags)
 
 
