@@ -62,8 +62,8 @@ def test_a_run_continues_from_every_step_with_the_same_bits(
         stage.data.path = str(tmp_path / f"{name}.json")
         Path(stage.data.path).write_text(json.dumps(records[:num_samples]))
         stage.train.update(max_steps=None, num_epochs=2.0)
-    stages = tuple(recipe.stages)
     recipe = parse(recipe)
+    stages = tuple(recipe.stages)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     trainer.run(recipe, whole)
     assert saved_steps(whole / "checkpoints/finetune") == list(range(1, 2 * STEPS_PER_EPOCH + 1))
@@ -79,17 +79,14 @@ def test_a_run_continues_from_every_step_with_the_same_bits(
         assert_same(whole, broken, stages)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_after_the_step_which_is_saved(
-    tiny_recipe, tmp_path, monkeypatch, compiled_once, number
-):
+def test_a_signal_ends_a_run_after_the_step_which_is_saved(tiny_recipe, tmp_path, monkeypatch, compiled_once):
     recipe = parse(tiny_recipe)
     trainer.run(recipe, tmp_path / "whole")
 
     def add(self, step, *details):
         original(self, step, *details)
         if step == 2:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
             while not heard():
                 threading.Event().wait(0.01)
 
@@ -217,6 +214,7 @@ def test_overwrite_output_dir_starts_the_stage_and_those_after_it_anew(tiny_reci
 
 
 def test_save_every_minutes_saves_besides(tiny_recipe, tmp_path, monkeypatch):
+    tiny_recipe.train.max_steps = 2
     steps = []
     original = Checkpoints.save
     monkeypatch.setattr(
@@ -226,4 +224,4 @@ def test_save_every_minutes_saves_besides(tiny_recipe, tmp_path, monkeypatch):
     )
     tiny_recipe.checkpoint.save_every_minutes = 1e-9
     trainer.run(parse(tiny_recipe), tmp_path)
-    assert steps == [1, 2, 3, 4]
+    assert steps == [1, 2]
