@@ -61,9 +61,9 @@ def open_run_directory(recipe: Recipe, workdir: Path) -> contextlib.AbstractCont
             raise ConfigError(f"{workdir} holds files but no run (no config.json); choose another --workdir.")
         lock = RunLock(workdir)
         try:
-            _overwrite(recipe, workdir)
+            anew = _overwrite(recipe, workdir)
             if any(workdir.glob(f"checkpoints/**/{DIGESTS}")):
-                _check_same_run(path, asked)
+                _check_same_run(path, asked, anew)
             write_json(path, asked)
         except BaseException:
             lock.release()
@@ -75,13 +75,18 @@ def open_run_directory(recipe: Recipe, workdir: Path) -> contextlib.AbstractCont
     return lock
 
 
-def _overwrite(recipe: Recipe, workdir: Path) -> None:
-    """Deletes what earlier runs trained of the first stage with `overwrite_output_dir` and of those after it."""
+def _overwrite(recipe: Recipe, workdir: Path) -> list[str]:
+    """Deletes what earlier runs trained of the first stage with `overwrite_output_dir` and of those after it.
+
+    Returns the names of these stages.
+    """
     stages = list(recipe.stages)
-    anew = [name for name in stages if recipe.stages[name].checkpoint.overwrite_output_dir]
-    for name in stages[stages.index(anew[0]) :] if anew else ():
+    asked = [name for name in stages if recipe.stages[name].checkpoint.overwrite_output_dir]
+    anew = stages[stages.index(asked[0]) :] if asked else []
+    for name in anew:
         shutil.rmtree(checkpoint_directory(workdir, name), ignore_errors=True)
         MetricsLog(workdir / "metrics.jsonl").forget_after(name, -1)
+    return anew
 
 
 def _absolute(config: Config) -> dict:
@@ -90,7 +95,8 @@ def _absolute(config: Config) -> dict:
     return fields | {"init": {key: path and os.path.abspath(path) for key, path in fields["init"].items()}}
 
 
-def _check_same_run(path: Path, asked: dict) -> None:
+def _check_same_run(path: Path, asked: dict, anew: list[str]) -> None:
+    """Compares the settings of the stages that do not start anew."""
     try:
         before = flatten(json.loads(path.read_text())["stages"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,7 +107,9 @@ def _check_same_run(path: Path, asked: dict) -> None:
     differing = [
         f"{key}={now.get(key)!r} (was {before.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.partition("/")[2].startswith(HARMLESS)
+        if before.get(key) != now.get(key)
+        and key.partition("/")[0] not in anew
+        and not key.partition("/")[2].startswith(HARMLESS)
     ]
     if differing:
         raise ConfigError(

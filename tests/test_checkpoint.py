@@ -117,6 +117,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # an event loop that orbax gave up
 def test_a_full_disk_costs_one_checkpoint(tmp_path, capsys):
     with contextlib.closing(open_checkpoints(tmp_path)) as checkpoints:
         checkpoints.save(corruption.make_state(1), {"step": 1})
