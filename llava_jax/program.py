@@ -17,6 +17,7 @@ from llava_jax.sharding import (
     check_model,
     constrain_gradients,
     constrain_rows,
+    look_up_embeddings,
     moment_sharding,
     parameter_sharding,
     replicated,
@@ -43,7 +44,8 @@ class Program:
 
     @cached_property
     def _model(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-        return abstract_model(self.config.model, **model_settings(self.config, constrain_rows(self.mesh)))
+        settings = model_settings(self.config, constrain_rows(self.mesh))
+        return abstract_model(self.config.model, look_up=look_up_embeddings(self.mesh), **settings)
 
     @cached_property
     def _optimizer(self) -> optax.GradientTransformation:

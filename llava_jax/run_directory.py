@@ -35,6 +35,7 @@ HARMLESS = (
     "data.on_bad_sample",
     "data.max_bad_share",
     "mesh.",
+    "sharding.",
     "evaluate.",
     "export.",
 )

@@ -263,6 +263,23 @@ def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
+def look_up_embeddings(mesh: Mesh) -> Callable:
+    """A function of an embedding table and tokens int32[rows, T] -> its rows, spread over the row axes.
+
+    Each device looks up its part of the width, for its neighbours along `fsdp` too, and they exchange the parts.
+    Left to itself, XLA gathers the embeddings of all rows as soon as two axes spread them.
+    """
+
+    def constrain(x: jax.Array, *axes) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def look_up(table: Callable[[jax.Array], jax.Array], tokens: jax.Array) -> jax.Array:
+        embeddings = table(constrain(tokens, "data"))
+        return constrain(constrain(embeddings, "data", None, "fsdp"), ROWS)
+
+    return look_up
+
+
 def _as_tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 

@@ -23,8 +23,9 @@ from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.processes import agree, code_version, is_first, together, wait_for_all
 from llava_jax.recipe import Recipe
 from llava_jax.run_directory import flatten, open_run_directory
-from llava_jax.sharding import make_mesh, own_rows
+from llava_jax.sharding import check_model, make_mesh, own_rows
 from llava_jax.stage import Stage, train_stage
+from llava_jax.step import abstract_model
 from llava_jax.weights import after_stage, checkpoint_directory, initial_weights
 
 
@@ -39,6 +40,9 @@ def run(recipe: Recipe, workdir: Path) -> None:
             recipe.prepare()  # which finds all done, unless the directory is another one here
         last = recipe.last
         mesh = make_mesh(last.mesh)
+        check_model(
+            mesh, last.model, {name: leaf.shape for name, leaf in abstract_model(last.model)[1].items()}
+        )
         weights = initial_weights(recipe.first)
         tokenizer = _load_tokenizer(weights)
         stages = [

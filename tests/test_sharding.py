@@ -235,20 +235,7 @@ def test_frozen_weights_have_no_gradients_to_reduce_and_no_copies_in_float32():
         assert f"{weights[0]}x{weights[1]}xf32>" not in lowered.as_text(), weights
 
 
-def gathers_embeddings(condition: bool = True):
-    reason = "the network does not say how the tokens' embeddings lie"
-    return pytest.mark.xfail(condition, reason=reason, strict=True)
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        (1, 8, 1),
-        pytest.param((1, 4, 2), marks=gathers_embeddings(jax.__version_info__ >= (0, 11))),
-        pytest.param((2, 2, 2), marks=gathers_embeddings()),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
 def test_only_weights_and_gradients_travel_and_logits_are_never_whole(sizes, capfd):
     hlo = lower(make_config(sizes, dtype="bfloat16")).compile().as_text()
     # What XLA says when it cannot go from one sharding to another but through the whole array.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -259,11 +260,12 @@ def test_changed_data_is_not_mixed_into_a_run(tiny_recipe, tmp_path, monkeypatch
         trainer.run(parse(tiny_recipe), tmp_path / "run")
 
 
-def test_a_damaged_checkpoint_is_named(tiny_recipe, tmp_path):
+def test_a_damaged_checkpoint_is_named(tiny_recipe, tmp_path, capsys):
     trainer.run(parse(tiny_recipe), tmp_path)
     (tmp_path / "checkpoints/4/state/manifest.ocdbt").unlink()
-    with pytest.raises(CheckpointError, match=r"checkpoints/4 cannot be read"):
-        open_run(tmp_path).read("language_model.norm.scale")
+    with pytest.raises(CheckpointError, match=r"checkpoints holds no good checkpoint"):
+        open_run(tmp_path)
+    assert re.search(r"checkpoints/4 is damaged .*manifest\.ocdbt", capsys.readouterr().err)
 
 
 def test_a_foreign_directory_is_not_written_into(tiny_recipe, tmp_path):

@@ -69,7 +69,8 @@ class LLaVA(nnx.Module):
     """Vision tower, projector and decoder.
 
     remat and unroll say how the layer stacks run (models/stack.py). `constrain` is applied to every activation
-    that flows between blocks, float[rows, ...]; the trainer uses it to say how rows lie on the devices.
+    that flows between blocks, float[rows, ...]; the trainer uses it to say how rows lie on the devices. `look_up`
+    applies the embedding table to tokens int32[B, T], for the same reason.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class LLaVA(nnx.Module):
         remat: str = "none",
         unroll: int = 1,
         constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+        look_up: Callable[[nnx.Embed, jax.Array], jax.Array] = lambda table, tokens: table(tokens),
         rngs: nnx.Rngs,
     ):
         how = dict(dtype=dtype, remat=remat, unroll=unroll, constrain=constrain, rngs=rngs)
@@ -92,6 +94,7 @@ class LLaVA(nnx.Module):
             newline = jax.random.normal(rngs.params(), (width,)) * width**-0.5
             self.language_model.image_newline = nnx.Param(newline)
         self.config = config
+        self.look_up = look_up
 
     def __call__(
         self,
@@ -113,7 +116,7 @@ class LLaVA(nnx.Module):
     def embed(self, tokens: jax.Array, images: jax.Array, feature_ids: jax.Array | None = None) -> jax.Array:
         """Token embeddings with image features in place, float[B, T, D]; arguments as in `__call__`."""
         is_image = tokens == IMAGE_TOKEN
-        embeddings = self.language_model.embed_tokens(jnp.where(is_image, 0, tokens))
+        embeddings = self.look_up(self.language_model.embed_tokens, jnp.where(is_image, 0, tokens))
         B, M = images.shape[:2]
         if M == 0:
             return embeddings
