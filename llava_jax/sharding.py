@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.config import ConfigError, MeshConfig
+from llava_jax.kernels.attention import Placement
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -108,3 +109,8 @@ def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """A function that keeps activations [rows, ...] spread over the row axes."""
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def attention_placement(mesh: Mesh) -> Placement:
+    """How the rows and heads of attention lie on the mesh."""
+    return Placement(mesh, rows=ROWS, heads="tensor")

@@ -19,7 +19,14 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError, DivergedError
 from llava_jax.metrics import MetricsLog, Progress
 from llava_jax.optimizer import MODULES, is_trainable, learning_rates, make_optimizer, make_schedule
-from llava_jax.sharding import constrain_rows, parameter_sharding, place_batch, replicated, state_shardings
+from llava_jax.sharding import (
+    attention_placement,
+    constrain_rows,
+    parameter_sharding,
+    place_batch,
+    replicated,
+    state_shardings,
+)
 from llava_jax.step import TrainState, abstract_model, make_eval_step, make_train_step, model_settings
 from llava_jax.weights import before_stage, load
 
@@ -61,7 +68,8 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
 
 def _train(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog, checkpoints: Checkpoints) -> None:
     config = stage.config
-    graphdef, shapes = abstract_model(config.model, **model_settings(config, constrain_rows(mesh)))
+    settings = model_settings(config, constrain_rows(mesh), attention_placement(mesh))
+    graphdef, shapes = abstract_model(config.model, **settings)
     trained = {name: leaf for name, leaf in shapes.items() if is_trainable(name, config.tune)}
     optimizer = make_optimizer(config.optimizer, stage.num_steps)
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llava_jax.errors import ConfigError
-from llava_jax.kernels.flash_blocks import DENSE, FIRST, LAST, MASKED, Visits, list_visits, visible_blocks
+from llava_jax.kernels.flash_blocks import DENSE, FIRST, LAST, MASKED, list_visits, visible_blocks
 
 # A block of 512 x 512 scores keeps the matrix units busy for 0.7 us (v5e, 197 TFLOP/s) while its keys and values
 # take 0.3 us to load (0.8 TB/s) and a grid step costs about 0.35 us; half as wide, a step costs more than its
@@ -250,14 +250,14 @@ def _key_value_gradients_kernel(kept, streamed, flags, *refs, call: _Call, strid
 
 def _forward(q, k, v, segment_ids, call: _Call) -> list[jax.Array]:
     """-> out [B, N, T, H], log-sum-exp float32[B, N, 1, n * block]."""
-    B, N, T, H = q.shape
+    B, N = q.shape[:2]
     launch = _Launch(call, segment_ids, keep_keys=False, group=N // k.shape[1])
     lse = jax.ShapeDtypeStruct((B, N, 1, call.block * call.num_blocks), jnp.float32)
     return launch(
         _forward_kernel,
         inputs=(("query", q), ("key", k), ("key", v)),
-        outputs=(("query", q), ("query", lse)),
-        scratch=((call.block, H), (call.block, LANES), (call.block, LANES)),
+        outputs=(("query", q), ("number", lse)),
+        scratch=((call.block, call.head_dim), (call.block, LANES), (call.block, LANES)),
         num_products=2,
     )
 
@@ -286,7 +286,7 @@ def _key_value_gradients(inputs, segment_ids, call: _Call) -> list[jax.Array]:
     )
 
 
-SIDES = ("query", "key", "key", "query", "query", "query")  # of q, k, v, grad, lse, delta
+SIDES = ("query", "key", "key", "query", "number", "number")  # of q, k, v, grad, lse, delta
 
 
 class _Launch:
@@ -306,34 +306,32 @@ class _Launch:
         self.keep_keys = keep_keys
         self.group = group
 
-    def block(self, side: str, row, visit, prefetched):
-        """The number of the block of queries or keys at a visit."""
-        kept, streamed, _ = prefetched
+    def place(self, side: str, row, head, visit, rest):
+        """At a grid point: the row, the head and the block of keys, of queries, or of a number per query."""
+        *member, kept, streamed, _ = rest
+        if self.keep_keys and side != "key":
+            head = head * self.group + member[0]
+        if not self.keep_keys and side == "key":
+            head = jax.lax.div(head, self.group)
         blocks = kept if (side == "key") == self.keep_keys else streamed
-        return blocks[row * self.visits.stride + visit]
-
-    def head(self, side: str, head, member):
-        if self.keep_keys:
-            return head if side == "key" else head * self.group + member
-        return head // self.group if side == "key" else head
+        return row, head, blocks[row * self.visits.stride + visit]
 
     def spec(self, side: str, shape: tuple[int, ...]) -> pl.BlockSpec:
-        """Blocks of [B, N or K, T, H], or of [B, N, 1, n * block] that lie along the last dimension."""
-        lying = shape[2] == 1 < self.call.block
+        """Blocks of [B, N or K, T, H], or of one number per query, float32[B, N, 1, n * block]."""
+        block, lying = self.call.block, side == "number"
 
         def index(row, head, visit, *rest):
-            *member, kept, streamed, flags = rest
-            block = self.block(side, row, visit, (kept, streamed, flags))
-            head = self.head(side, head, member[0] if member else None)
-            return (row, head, 0, block) if lying else (row, head, block, 0)
+            row, head, place = self.place(side, row, head, visit, rest)
+            return (row, head, 0, place) if lying else (row, head, place, 0)
 
-        return pl.BlockSpec((None, None, *((1, self.call.block) if lying else (self.call.block, shape[3]))), index)
+        return pl.BlockSpec((None, None, 1, block) if lying else (None, None, block, shape[3]), index)
 
     def ids_spec(self, side: str) -> pl.BlockSpec:
         shared = len(self.segment_ids) == 1
 
-        def index(row, _, visit, *rest):
-            return 0 if shared else row, 0, self.block(side, row, visit, rest[-3:])
+        def index(row, head, visit, *rest):
+            row, _, place = self.place(side, row, head, visit, rest)
+            return 0 if shared else row, 0, place
 
         return pl.BlockSpec((None, 1, self.call.block), index)
 
