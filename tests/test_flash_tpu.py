@@ -48,7 +48,7 @@ CASES = {
     "odd_causal": (1, 301, 2, 2, 64, True, None),
     "packed": (2, 300, 1, 1, 128, True, [(200, 100), (10, 118, 72, 70, 30)]),
     "grouped_by_8_with_padding": (2, 200, 8, 1, 64, True, [(130,), (7, 100, 50)]),
-    "segments_without_causality": (2, 256, 2, 1, 32, False, [(128, 128), (40, 3, 100)]),
+    "segments_without_causality": (1, 256, 4, 2, 32, False, [(40, 3, 100)]),
 }
 
 

@@ -15,10 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from llava_jax.errors import ConfigError
 from llava_jax.kernels.flash_blocks import DENSE, FIRST, LAST, MASKED, list_visits, visible_blocks
 
-# A block of 512 x 512 scores keeps the matrix units busy for 0.7 us (v5e, 197 TFLOP/s) while its keys and values
-# take 0.3 us to load (0.8 TB/s) and a grid step costs about 0.35 us; half as wide, a step costs more than its
-# work, and twice as wide, the causal diagonal and the ends of segments waste twice as much. The backward kernels
-# hold four such blocks in float32, 4 MiB of the 16 MiB of VMEM that a kernel gets by default. Reasoned, not timed.
+# A block of 512 x 512 scores keeps the matrix units busy for 0.7 us (v5e, 197 TFLOP/s, heads of 128) while its keys
+# and values take 0.3 us to load (0.8 TB/s) and a grid step costs about 0.35 us; half as wide, a step costs more than
+# its work, and twice as wide, the causal diagonal and the ends of segments waste twice as much. For it the compiler
+# takes 3 to 4 MiB (float32: 6) of the 16 MiB of VMEM that a kernel gets by default. Reasoned, never timed on a TPU.
 BLOCK = 512
 WHOLE = 640  # up to here one block holds the sequence, whatever its length (CLIP's 577)
 
