@@ -354,6 +354,9 @@ class LossConfig:
         require(self.chunk_size > 0, f"loss.chunk_size={self.chunk_size} must be positive.")
 
 
+ATTENTIONS = ("auto", "reference", "xla", "flash_tpu", "splash", "mosaic_gpu", "cudnn")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
@@ -363,6 +366,7 @@ class TrainConfig:
     accumulation_steps: int = 1
     dtype: str = "bfloat16"  # of the computation; trained parameters are always float32
     frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
+    attention: str = "auto"  # or flash_tpu, splash, mosaic_gpu, cudnn, xla, reference (kernels/attention.py)
     remat: str = "full"  # what the backward pass recomputes: full (most), dots, none
     scan_unroll: int = 1  # layers per iteration of the layer loop
     log_steps: int = 10
@@ -374,6 +378,7 @@ class TrainConfig:
     def __post_init__(self):
         for key in ("dtype", "frozen_dtype"):
             one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
+        one_of("train.attention", self.attention, ATTENTIONS)
         one_of("train.remat", self.remat, ("none", "dots", "full"))
         _positive("train", self, "num_epochs")
         require(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from llava_jax.config import Config
 from llava_jax.optimizer import is_trainable, make_optimizer
 from llava_jax.sharding import (
+    attention_placement,
     batch_sharding,
     check_model,
     constrain_gradients,
@@ -44,7 +45,7 @@ class Program:
 
     @cached_property
     def _model(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-        settings = model_settings(self.config, constrain_rows(self.mesh))
+        settings = model_settings(self.config, constrain_rows(self.mesh), attention_placement(self.mesh))
         return abstract_model(self.config.model, look_up=look_up_embeddings(self.mesh), **settings)
 
     @cached_property

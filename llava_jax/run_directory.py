@@ -21,6 +21,7 @@ HARMLESS = (
     "train.log_steps",
     "train.max_skipped_steps",
     "train.hang_timeout_minutes",
+    "train.attention",
     "train.remat",
     "train.scan_unroll",
     "checkpoint.",

@@ -24,6 +24,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax.config import ConfigError, MeshConfig, ModelConfig
+from llava_jax.kernels.attention import Placement
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -261,6 +262,11 @@ def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """A function that keeps activations [rows, ...] spread over the row axes."""
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def attention_placement(mesh: Mesh) -> Placement:
+    """How the rows and heads of attention lie on the mesh."""
+    return Placement(mesh, rows=ROWS, heads="tensor")
 
 
 def look_up_embeddings(mesh: Mesh) -> Callable:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import Config, LossConfig, ModelConfig
+from llava_jax.kernels.attention import Placement, attention, check_platform
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models.llava import LLaVA
 
@@ -143,9 +145,15 @@ def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
     return sum_losses
 
 
-def model_settings(config: Config, constrain: Callable) -> dict:
-    """How the stage wants its network run, as keyword arguments of LLaVA."""
+def model_settings(config: Config, constrain: Callable, placement: Placement | None = None) -> dict:
+    """How the stage wants its network run, as keyword arguments of LLaVA.
+
+    placement: of attention's arrays on several devices. Raises ConfigError where train.attention cannot run.
+    """
+    platform = placement.platform if placement else jax.default_backend()
+    check_platform(config.train.attention, platform)
     return dict(
+        attention=partial(attention, implementation=config.train.attention, placement=placement),
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,
         unroll=config.train.scan_unroll,

@@ -3,6 +3,7 @@
 Letters: B images, P patches, C width, N heads, H head width, L layers.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.config import VisionConfig
-from llava_jax.kernels.attention import attention
 from llava_jax.models.stack import run_stack, stack
 
 # openai/clip-vit-large-patch14-336, preprocessor_config.json.
@@ -43,17 +43,18 @@ def patchify(pixels: jax.Array, patch_size: int) -> jax.Array:
 class Attention(nnx.Module):
     """Self-attention among the patches of one image."""
 
-    def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, attention: Callable, dtype, rngs: nnx.Rngs):
         linear = partial(nnx.Linear, config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = linear(), linear(), linear(), linear()
         self.head_dim = config.head_dim
+        self.attention = attention
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = (
             y.reshape(*x.shape[:2], -1, self.head_dim)
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
-        return self.out_proj(attention(q, k, v, causal=False).reshape(x.shape))
+        return self.out_proj(self.attention(q, k, v, causal=False).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -71,9 +72,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each normalised before and added to the stream."""
 
-    def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, attention: Callable, dtype, rngs: nnx.Rngs):
         self.layer_norm1 = _layer_norm(config, dtype, rngs)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, attention=attention, dtype=dtype, rngs=rngs)
         self.layer_norm2 = _layer_norm(config, dtype, rngs)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
@@ -96,6 +97,7 @@ class CLIPVisionTower(nnx.Module):
         dtype,
         remat: str,
         unroll: int,
+        attention: Callable,
         constrain,
         rngs: nnx.Rngs,
     ):
@@ -106,7 +108,9 @@ class CLIPVisionTower(nnx.Module):
         self.position_embedding = nnx.Param(normal(rngs.params(), (1 + config.num_patches, C)))
         self.pre_layrnorm = _layer_norm(config, dtype, rngs)  # HF's spelling
         if num_layers:
-            self.layers = stack(lambda rngs: Block(config, dtype=dtype, rngs=rngs), num_layers, rngs)
+            self.layers = stack(
+                lambda rngs: Block(config, attention=attention, dtype=dtype, rngs=rngs), num_layers, rngs
+            )
         self.config = config
         self.num_layers = num_layers
         self.dtype = dtype

@@ -4,6 +4,7 @@ Letters: B batch, T tokens, S cache slots, D width, N query heads, K key/value h
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> ja
 class Attention(nnx.Module):
     """Causal self-attention within segments, with rotary positions and grouped queries."""
 
-    def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, attention: Callable, dtype, rngs: nnx.Rngs):
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
@@ -73,6 +74,7 @@ class Attention(nnx.Module):
         self.v_proj = linear(D, K * H, use_bias=config.attention_bias != "none")
         self.o_proj = linear(N * H, D, use_bias=config.attention_bias == "qkvo")
         self.config = config
+        self.attention = attention
 
     def __call__(self, x, positions, segment_ids, cache=None):
         """x float[B, T, D] -> float[B, T, D], and with a layer's cache (keys, values, kv_segment_ids, slot)
@@ -87,7 +89,7 @@ class Attention(nnx.Module):
         k = apply_rope(heads(self.k_proj(x)), positions, frequencies)  # [B, T, K, H]
         v = heads(self.v_proj(x))
         if cache is None:
-            out = attention(q, k, v, causal=True, segment_ids=segment_ids)
+            out = self.attention(q, k, v, causal=True, segment_ids=segment_ids)
             return self.o_proj(out.reshape(*x.shape[:2], -1)), None
         keys, values, kv_segment_ids, slot = cache
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k, slot, axis=1)
@@ -115,9 +117,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each normalised before and added to the stream."""
 
-    def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, attention: Callable, dtype, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, attention=attention, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
@@ -130,13 +132,25 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Embeddings, blocks, final norm and head. Callers embed tokens first, because images enter there."""
 
-    def __init__(self, config: TextConfig, *, dtype, remat: str, unroll: int, constrain, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        dtype,
+        remat: str,
+        unroll: int,
+        attention: Callable,
+        constrain,
+        rngs: nnx.Rngs,
+    ):
         D, V = config.hidden_size, config.vocab_size
         self.embed_tokens = nnx.Embed(
             V, D, embedding_init=nnx.initializers.normal(D**-0.5), dtype=dtype, rngs=rngs
         )
         self.layers = stack(
-            lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_hidden_layers, rngs
+            lambda rngs: Block(config, attention=attention, dtype=dtype, rngs=rngs),
+            config.num_hidden_layers,
+            rngs,
         )
         self.norm = RMSNorm(D, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.config import ModelConfig
+from llava_jax.kernels.attention import attention
 from llava_jax.models.clip import CLIPVisionTower, normalize
 from llava_jax.models.llama import Cache, Llama
 
@@ -68,9 +69,10 @@ def insert_image_features(
 class LLaVA(nnx.Module):
     """Vision tower, projector and decoder.
 
-    remat and unroll say how the layer stacks run (models/stack.py). `constrain` is applied to every activation
-    that flows between blocks, float[rows, ...]; the trainer uses it to say how rows lie on the devices. `look_up`
-    applies the embedding table to tokens int32[B, T], for the same reason.
+    remat and unroll say how the layer stacks run (models/stack.py). `attention` is the door with what the trainer
+    binds of it, for tokens that attend to themselves; steps of generation take the plain door. `constrain` is
+    applied to every activation that flows between blocks, float[rows, ...]; the trainer uses it to say how rows lie
+    on the devices. `look_up` applies the embedding table to tokens int32[B, T], for the same reason.
     """
 
     def __init__(
@@ -80,11 +82,14 @@ class LLaVA(nnx.Module):
         dtype=jnp.float32,
         remat: str = "none",
         unroll: int = 1,
+        attention: Callable[..., jax.Array] = attention,
         constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
         look_up: Callable[[nnx.Embed, jax.Array], jax.Array] = lambda table, tokens: table(tokens),
         rngs: nnx.Rngs,
     ):
-        how = dict(dtype=dtype, remat=remat, unroll=unroll, constrain=constrain, rngs=rngs)
+        how = dict(
+            dtype=dtype, remat=remat, unroll=unroll, attention=attention, constrain=constrain, rngs=rngs
+        )
         self.vision_tower = CLIPVisionTower(config.vision, config.num_vision_layers_run, **how)
         self.multi_modal_projector = Projector(config, dtype=dtype, rngs=rngs)
         self.language_model = Llama(config.text, **how)
