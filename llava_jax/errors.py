@@ -35,3 +35,9 @@ class DivergedError(UserError):
     """The loss is no longer a number."""
 
     exit_code = 13
+
+
+class OutOfMemoryError(UserError):
+    """The devices' memory does not suffice."""
+
+    exit_code = 16

@@ -29,16 +29,16 @@ def uses(path: Path, *names: str) -> list[str]:
     return sorted(m for m in imports(path) if any(m == name or m.startswith(name + ".") for name in names))
 
 
-COMMANDS = ("train", "generate", "evaluate", "check_data")
+COMMANDS = ("train", "generate", "evaluate", "check_data", "plan")
 # A file may import from its own line and the lines above it.
 FLOORS = (
-    ("__init__", "errors", "config", "recipe", "metrics", "commands"),
+    ("__init__", "errors", "config", "recipe", "metrics", "commands", "flops"),
     ("kernels", "sharding"),
     ("models", "data", "optimizer"),
     ("convert", "step", "recorder", "quickstart"),
     ("checkpoint", "program"),
     ("weights",),
-    ("generation", "report", "run_directory", "stage"),
+    ("generation", "planning", "report", "run_directory", "stage"),
     ("evaluation",),
     ("trainer",),
     COMMANDS,
