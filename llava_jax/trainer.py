@@ -17,6 +17,7 @@ from llava_jax.data.tokenizer import Tokenizer, load_tokenizer, require_room
 from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import Counter, MetricsLog
+from llava_jax.planning.out_of_memory import explain_out_of_memory
 from llava_jax.recipe import Recipe
 from llava_jax.run_directory import open_run_directory
 from llava_jax.sharding import make_mesh, num_row_shards
@@ -49,7 +50,8 @@ def _run_stages(
     log = MetricsLog(workdir / "metrics.jsonl")
     results = {}
     for stage in stages:
-        results[stage.name] = train_stage(stage, weights, mesh, log)
+        with explain_out_of_memory(stage.config, mesh, stage.pipeline.shapes(0, stage.num_steps)):
+            results[stage.name] = train_stage(stage, weights, mesh, log)
         weights = after_stage(weights, stage.config, stage.checkpoints)
     report.write_training(workdir, results, log.rows())
     if last.evaluate.path:

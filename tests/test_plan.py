@@ -10,8 +10,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from llava_jax import trainer
 from llava_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig, TuneConfig
 from llava_jax.data import pipeline
+from llava_jax.errors import OutOfMemoryError
 from llava_jax.planning import targets
 from llava_jax.planning.advice import Situation, advise
 from llava_jax.planning.collectives import Traffic, read_collectives
@@ -21,6 +23,7 @@ from llava_jax.planning.search import flags, search
 from llava_jax.planning.stage_plan import StagePlan, make_plan
 from llava_jax.planning.workload import PACKED_SAMPLES_PER_ROW, Given, assume, find_workload
 from llava_jax.program import Program
+from llava_jax.recipe import parse
 from llava_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
@@ -205,8 +208,8 @@ def test_rows_are_those_of_the_data_where_it_is_there(tiny_config):
     workload = find_workload(tiny_config, Given())
     assert workload.source.startswith("measured: the largest of ")
     assert (workload.length, workload.num_images) == (128, 1)
-    assert workload.epoch.images == 80  # one drawn picture each, in full batches of 8
-    assert workload.row.pairs == 192 * 193 / 2
+    assert workload.epoch.images == 13 * 8  # 99 samples in full batches, of which some have no image
+    assert workload.row.pairs == 128 * 129 / 2
     told = find_workload(tiny_config, Given(tokens=100, images=3, samples=10))
     assert (told.length, told.num_images, told.source) == (128, 4, "as told")  # as batches round them
     assert told.epoch.tokens == 1280
@@ -409,3 +412,23 @@ def test_a_step_that_does_not_fit_ends_with_16_and_advice(small):
     result, _ = plan(small, "--topology=v5e:3x3")
     assert result.returncode == 10
     assert "libtpu knows no such slice" in result.stderr
+
+
+def test_running_out_of_memory_is_answered_with_what_takes_it_and_what_helps(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    def train_stage(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
+        )
+
+    tiny_recipe.data.batch_size, tiny_recipe.mesh.fsdp = 64, -1
+    monkeypatch.setattr("llava_jax.trainer.train_stage", train_stage)
+    monkeypatch.setattr("llava_jax.planning.advice._WORTH_TELLING", 1)  # everything is small here
+    with pytest.raises(
+        OutOfMemoryError, match=r"allocate 17179869184 bytes(.|\n)*parameters that train"
+    ) as raised:
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+    assert raised.value.exit_code == 16
+    assert "--config.train.accumulation_steps=2" in str(raised.value)
+    assert "rows of 128 tokens and 1 image slots" in str(raised.value)
