@@ -235,7 +235,7 @@ def test_assumed_packed_rows_hold_as_many_samples_as_llavas_mix_fits_in():
 def situation(peak: float, **sections) -> Situation:
     """A step on eight devices of 16 GiB; sizes in GiB."""
     config = Config(**sections)
-    sizes = Arguments(*(int(size * GIB) for size in (3, 6, 1, 0)))
+    sizes = Arguments(*(int(size * GIB) for size in (3, 6, 1, 0, 3)))
     shards = 8 // max(1, config.mesh.tensor)
     return Situation(config, 2048, 8, shards, "tpu", sizes, int(peak * GIB), 16 * GIB)
 
