@@ -6,6 +6,7 @@ import time
 
 import jax
 
+from llava_jax.config import ConfigError
 from llava_jax.planning.targets import GIB, Target
 from llava_jax.program import Program
 
@@ -30,15 +31,20 @@ def compile_step(
 ) -> Compiled:
     """Compiles the train step for rows of that many tokens and image slots, for the target's devices.
 
-    argument_bytes: of the step's arguments, per device. Raises what the compiler raises, unless it is that the memory
-    of a device does not suffice.
+    argument_bytes: of the step's arguments, per device. Raises ConfigError when the step needs cuDNN and there is none;
+    and what the compiler raises, unless it is that the memory of a device does not suffice.
     """
     shapes = program.abstract_state(), program.abstract_frozen(), program.abstract_batch(length, num_images)
     began = time.monotonic()
-    lowered = program.train_step().trace(*shapes).lower(lowering_platforms=(target.platform,))
     try:
+        lowered = program.train_step().trace(*shapes).lower(lowering_platforms=(target.platform,))
         compiled = lowered.compile(compiler_options=target.compiler_options or None)
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:  # XLA's JaxRuntimeError is one
+        if "cuDNN not found" in str(error):
+            raise ConfigError(
+                "The step's attention is cuDNN's, whose libraries are not here: plan with --config.train.attention=xla, "
+                f"whose memory differs, or pip install 'jax-cuda13-plugin[with-cuda]=={jax.__version__}' (gigabytes)."
+            ) from error
         needed = needed_bytes(str(error), argument_bytes)
         if needed is None:
             raise

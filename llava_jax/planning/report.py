@@ -107,10 +107,10 @@ def _times(plan: StagePlan) -> str:
         return "\n".join([*lines, "  The peak of these devices is not known, so no times follow."])
     for mfu in MFUS:
         hours = plan.epoch_hours(mfu)
-        epoch = f"{hours:8.2f} hours per epoch" if hours else "(hours per epoch: say --samples=N)"
+        epoch = f"{hours:>8.3g} hours per epoch" if hours else "(hours per epoch: say --samples=N)"
         label = "at the bound" if mfu == 1 else f"at {mfu:.0%} MFU"
         lines.append(
-            f"  {label:<13} {plan.step_seconds(mfu):>8.2f} s per step  "
+            f"  {label:<13} {plan.step_seconds(mfu):>8.3g} s per step  "
             f"{plan.tokens_per_second(mfu):>11,.0f} tokens/s  {epoch}"
         )
     return "\n".join([*lines, f"Compiling took {format_seconds(plan.compiled.seconds)}."])
