@@ -47,3 +47,9 @@ class StoppedError(UserError):
     """A signal asked the run to stop, and what it had reached was saved."""
 
     exit_code = 15
+
+
+class OutOfMemoryError(UserError):
+    """The devices' memory does not suffice."""
+
+    exit_code = 16

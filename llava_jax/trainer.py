@@ -20,6 +20,7 @@ from llava_jax.data.tokenizer import Tokenizer, load_tokenizer, require_room
 from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import Counter, MetricsLog
+from llava_jax.planning.out_of_memory import explain_out_of_memory
 from llava_jax.processes import agree, code_version, is_first, together, wait_for_all
 from llava_jax.recipe import Recipe
 from llava_jax.run_directory import flatten, open_run_directory
@@ -108,7 +109,8 @@ def _run_stages(
     log = MetricsLog(workdir / "metrics.jsonl", read_only=not is_first())
     results = {}
     for stage in stages:
-        results[stage.name] = train_stage(stage, weights, mesh, log)
+        with explain_out_of_memory(stage.config, mesh, stage.pipeline.shapes(0, stage.num_steps)):
+            results[stage.name] = train_stage(stage, weights, mesh, log)
         # Training has verified its checkpoint, or just written it.
         weights = after_stage(weights, stage.config, stage.checkpoints, verify=False)
     if is_first():

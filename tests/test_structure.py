@@ -29,7 +29,7 @@ def uses(path: Path, *names: str) -> list[str]:
     return sorted(m for m in imports(path) if any(m == name or m.startswith(name + ".") for name in names))
 
 
-COMMANDS = ("train", "generate", "evaluate", "check_data")
+COMMANDS = ("train", "generate", "evaluate", "check_data", "plan")
 # A file may import from its own line and the lines above it.
 FLOORS = (
     (
@@ -42,6 +42,7 @@ FLOORS = (
         "interruption",
         "watchdog",
         "digests",
+        "flops",
         "run_lock",
     ),
     ("kernels", "sharding", "processes", "agreement"),
@@ -49,7 +50,7 @@ FLOORS = (
     ("convert", "step", "recorder", "quickstart"),
     ("checkpoint", "saved_parameters", "program"),
     ("weights",),
-    ("generation", "report", "run_directory", "stage"),
+    ("generation", "planning", "report", "run_directory", "stage"),
     ("evaluation",),
     ("trainer",),
     COMMANDS,

@@ -1,0 +1,82 @@
+"""Model FLOPs of training, by formula: what the mathematics asks for, whatever a compiler makes of it.
+
+A multiplication and its addition are two. Recomputed activations, norms, softmax and other elementwise work do not
+count, causal attention counts the pairs that see each other: the convention of model FLOPs utilisation (PaLM,
+arXiv 2204.02311, appendix B).
+"""
+
+import dataclasses
+
+from llava_jax.config import ModelConfig, TextConfig, TuneConfig, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much there is to compute, of a row, a step or an epoch."""
+
+    tokens: float  # positions that the decoder runs over, padding included
+    pairs: float  # of a query and a key that it sees; n (n + 1) / 2 for a sample of n tokens
+    images: float  # slots that the tower runs over, empty ones included
+    supervised: float  # positions whose next token is predicted
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(_counts(self), _counts(other), strict=True)))
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(*(factor * count for count in _counts(self)))
+
+
+def causal_pairs(length: float) -> float:
+    """The pairs of a sample of `length` tokens in which each sees itself and those before it."""
+    return length * (length + 1) / 2
+
+
+def training_flops(model: ModelConfig, tune: TuneConfig, work: Work) -> dict[str, float]:
+    """FLOPs of the forward and backward passes of `work`, by part: vision_tower, projector, decoder, head.
+
+    A matrix costs its forward product once more for the gradient of its input, where anything before it trains, and
+    once more for its own, where it trains itself.
+    """
+    text, vision = model.text, model.vision
+    trained = 1 + tune.language_model
+    return {
+        "vision_tower": work.images * _tower(vision, model.num_vision_layers_run, tune.vision_tower),
+        "projector": work.images * model.num_image_tokens * _projector(model, tune),
+        # Something trains, so gradients run through all of the decoder, be it to the embeddings or to the projector.
+        "decoder": text.num_hidden_layers
+        * ((1 + trained) * work.tokens * _decoder_layer(text) + 3 * work.pairs * _decoder_attention(text)),
+        "head": (1 + trained) * work.supervised * 2 * text.hidden_size * text.vocab_size,
+    }
+
+
+def _counts(work: Work) -> tuple[float, float, float, float]:
+    return work.tokens, work.pairs, work.images, work.supervised
+
+
+def _decoder_layer(text: TextConfig) -> float:
+    """Forward FLOPs of a layer's matrices for one token."""
+    heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads  # q and o, k and v
+    return 2 * text.hidden_size * (heads * text.head_dim + 3 * text.intermediate_size)
+
+
+def _decoder_attention(text: TextConfig) -> float:
+    """Forward FLOPs of a layer for one pair: its score, and its share of the sum of values."""
+    return 4 * text.num_attention_heads * text.head_dim
+
+
+def _tower(vision: VisionConfig, num_layers: int, trains: bool) -> float:
+    """FLOPs for one image; of the pixels no gradient is taken."""
+    C, P = vision.hidden_size, vision.num_patches + 1  # and the class token
+    layer = P * 2 * (4 * C * C + 2 * C * vision.intermediate_size) + P * P * 4 * C
+    patches = vision.num_patches * 2 * 3 * vision.patch_size**2 * C
+    return (3 if trains else 1) * num_layers * layer + (2 if trains else 1) * patches
+
+
+def _projector(model: ModelConfig, tune: TuneConfig) -> float:
+    """FLOPs for one feature."""
+    total, width = 0, model.vision.hidden_size
+    for layer in range(model.projector_depth):
+        gradient_of_input = tune.vision_tower or (tune.projector and layer > 0)
+        total += (1 + tune.projector + gradient_of_input) * 2 * width * model.text.hidden_size
+        width = model.text.hidden_size
+    return total

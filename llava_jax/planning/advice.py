@@ -1,0 +1,175 @@
+"""What to change when a step does not fit, cheapest first, with what each change would bring by arithmetic."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+
+from llava_jax.config import Config
+from llava_jax.planning.activations import gathered_bytes, saved_bytes
+from llava_jax.planning.memory import Arguments
+from llava_jax.planning.targets import DEFAULT_MEMORY_FRACTION, GIB, MEMORY_FRACTION
+
+_HIGH_FRACTION = 0.95  # of a card; the rest is for the driver, libraries and NCCL
+_WORTH_TELLING = GIB // 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """A step that does not fit, or barely does. Sizes are bytes per device."""
+
+    config: Config
+    length: int  # tokens per row
+    num_devices: int
+    num_row_shards: int
+    platform: str
+    arguments: Arguments
+    peak: int
+    hbm: int
+
+    @property
+    def rows(self) -> int:
+        """Per device, of a microbatch."""
+        return self.config.data.batch_size // self.config.train.accumulation_steps // self.num_row_shards
+
+    @property
+    def activations(self) -> int:
+        """All that is neither argument nor gradient."""
+        return max(0, self.peak - self.arguments.total - self.arguments.gradients)
+
+    @property
+    def missing(self) -> int:
+        return max(0, self.peak - self.hbm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """One change; several add up only roughly."""
+
+    change: str  # what to add to the command, or to do
+    saves: int  # bytes per device
+    price: str
+
+
+def advise(situation: Situation) -> list[Advice]:
+    """The changes that would help, cheapest first."""
+    makers = (
+        _memory_fraction,
+        _frozen_dtype,
+        _shard_more,
+        _accumulate,
+        _recompute,
+        _shorter_rows,
+        _tensor,
+        _more_devices,
+    )
+    return [advice for make in makers for advice in make(situation) if advice.saves >= _WORTH_TELLING]
+
+
+def _memory_fraction(situation: Situation) -> Iterator[Advice]:
+    fraction = float(os.environ.get(MEMORY_FRACTION, DEFAULT_MEMORY_FRACTION))
+    if situation.platform == "cuda" and fraction < _HIGH_FRACTION:
+        gain = int(situation.hbm / fraction * (_HIGH_FRACTION - fraction))
+        yield Advice(
+            f"{MEMORY_FRACTION}={_HIGH_FRACTION}",
+            gain,
+            f"nothing; JAX takes {fraction:.0%} of a card otherwise",
+        )
+
+
+def _frozen_dtype(situation: Situation) -> Iterator[Advice]:
+    if situation.config.train.frozen_dtype == "float32":
+        saves = situation.arguments.frozen // 2
+        yield Advice("--config.train.frozen_dtype=bfloat16", saves, "nothing if the computation is bfloat16")
+
+
+def _shard_more(situation: Situation) -> Iterator[Advice]:
+    mesh = situation.config.mesh
+    copies = situation.num_devices // (mesh.fsdp * mesh.tensor) if mesh.data == -1 else mesh.data
+    if copies > 1:
+        sizes = situation.arguments
+        state = sizes.parameters + sizes.gradients + sizes.moments + sizes.frozen
+        yield Advice(
+            "--config.mesh.data=1 --config.mesh.fsdp=-1",
+            state - state // copies,
+            "parameters are gathered over more devices",
+        )
+
+
+def _accumulate(situation: Situation) -> Iterator[Advice]:
+    config, rows = situation.config, situation.rows
+    splits = [parts for parts in range(2, rows + 1) if rows % parts == 0]
+    if not splits:
+        return
+    # The sum of the gradients is kept beside those of a microbatch.
+    sums = situation.arguments.gradients if config.train.accumulation_steps == 1 else 0
+    by_rows = max(0, situation.activations - gathered_bytes(config))
+    saves = {parts: int(by_rows * (1 - 1 / parts)) - sums for parts in splits}
+    parts = next((parts for parts in splits if saves[parts] > situation.missing), splits[-1])
+    steps = config.train.accumulation_steps * parts
+    price = "smaller matrix products"
+    if situation.num_devices > 1:
+        price += f", and parameters are gathered {steps} times per step"
+    yield Advice(f"--config.train.accumulation_steps={steps}", saves[parts], price)
+
+
+def _recompute(situation: Situation) -> Iterator[Advice]:
+    config = situation.config
+    policies = {"none": ("dots", "full"), "dots": ("full",), "full": ()}[config.train.remat]
+    for policy in policies:
+        train = dataclasses.replace(config.train, remat=policy)
+        other = dataclasses.replace(config, train=train)
+        saves = saved_bytes(config, situation.rows, situation.length) - saved_bytes(
+            other, situation.rows, situation.length
+        )
+        price = {"dots": "elementwise work is done twice", "full": "a third more FLOPs than the model's"}[
+            policy
+        ]
+        yield Advice(f"--config.train.remat={policy}", saves, price)
+
+
+def _shorter_rows(situation: Situation) -> Iterator[Advice]:
+    data, train = situation.config.data, situation.config.train
+    if data.packing and situation.rows == 1 and situation.length // 2 >= data.max_length:
+        by_rows = max(0, situation.activations - gathered_bytes(situation.config))
+        sums = situation.arguments.gradients if train.accumulation_steps == 1 else 0
+        yield Advice(
+            f"--config.data.row_length={situation.length // 2} --config.data.batch_size={2 * data.batch_size} "
+            f"--config.train.accumulation_steps={2 * train.accumulation_steps}",
+            by_rows // 2 - sums,
+            "as accumulation, and a little more padding",
+        )
+
+
+def _tensor(situation: Situation) -> Iterator[Advice]:
+    config = situation.config
+    tensor = 2 * situation.num_devices // situation.num_row_shards
+    text, vision = config.model.text, config.model.vision
+    split = (text.num_key_value_heads, vision.num_attention_heads, text.vocab_size, text.intermediate_size)
+    steps = 2 * config.train.accumulation_steps
+    if situation.num_row_shards % 2 or any(size % tensor for size in split) or config.data.batch_size % steps:
+        return
+    inner = max(0, situation.activations - saved_bytes(config, situation.rows, situation.length))
+    sums = situation.arguments.gradients if config.train.accumulation_steps == 1 else 0
+    yield Advice(
+        f"--config.mesh.tensor={tensor} --config.train.accumulation_steps={steps}",
+        inner // 2 - sums,
+        "devices exchange activations in every layer",
+    )
+
+
+def _more_devices(situation: Situation) -> Iterator[Advice]:
+    sizes = situation.arguments
+    state = sizes.parameters + sizes.gradients + sizes.moments + sizes.frozen
+    by_rows = max(0, situation.activations - gathered_bytes(situation.config))
+
+    def saves(factor: int) -> int:
+        fewer_rows = 1 - 1 / factor if situation.rows % factor == 0 else 0
+        return int(state * (1 - 1 / factor) + by_rows * fewer_rows)
+
+    factors = (2, 4, 8, 16)
+    factor = next((factor for factor in factors if saves(factor) > situation.missing), factors[-1])
+    yield Advice(
+        f"{factor * situation.num_devices} devices instead of {situation.num_devices}",
+        saves(factor),
+        f"{factor} times the devices",
+    )

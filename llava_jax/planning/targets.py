@@ -1,0 +1,168 @@
+"""Devices to plan for: a TPU slice or GPUs that are only described, or those of this machine."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from llava_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    import jax
+
+GIB = 2**30
+HERE = "here"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX calls a device of some kind."""
+
+    kinds: tuple[str, ...]  # its device_kind begins with one of these
+    hbm_gib: (
+        float  # TPU: what the compiler says is available (libtpu 0.0.42.1); GPU: all that the driver shows
+    )
+    peak_tflops: float  # bfloat16, dense
+
+
+# Peaks: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; a tpu7x chip is two devices.
+TPUS = {
+    "v4": Chip(("TPU v4",), 30.75, 275),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 15.75, 197),
+    "v5p": Chip(("TPU v5p", "TPU v5"), 95.74, 459),
+    "v6e": Chip(("TPU v6",), 31.25, 918),
+    "tpu7x": Chip(("TPU7x", "TPU v7"), 94.75, 1153.5),
+}
+# Peaks: NVIDIA's data sheets of the SXM cards.
+GPUS = {
+    "a100": Chip(("NVIDIA A100",), 79.25, 312),
+    "h100": Chip(("NVIDIA H100",), 79.65, 989),
+    "h200": Chip(("NVIDIA H200",), 140.4, 989),
+}
+_EXAMPLES = "v5e:8x8, v5p:4x4x4, v6e:4x4, h100:8 or here"
+# The share of a card that JAX takes (docs.jax.dev, GPU memory allocation).
+MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+DEFAULT_MEMORY_FRACTION = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices, what a program may use of each, and how to compile for them."""
+
+    name: str
+    devices: list["jax.Device"]
+    platform: str
+    hbm_bytes: int | None  # None: unknown
+    peak_flops: float | None  # per second and device; None: unknown
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def prepare(name: str) -> None:
+    """Sets the environment in which `find` can describe this target; call it before JAX is imported.
+
+    Raises ConfigError when the name says nothing, or when what describes such devices is not installed.
+    """
+    if name == HERE:
+        return
+    family, _ = _parse(name)
+    if family in GPUS:
+        _require_module(
+            "jax_cuda13_plugin", "pip install -c constraints.txt jax-cuda13-plugin jax-cuda13-pjrt"
+        )
+    else:
+        _require_module("libtpu", "pip install -c constraints.txt -e '.[plan]'")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the described devices need no backend, and no TPU is looked for
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # nor a TPU VM's metadata
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs, so several plans may be made at one time
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # only silences a warning
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def find(name: str) -> Target:
+    """The devices of this name. Raises ConfigError when there is no such topology."""
+    if name == HERE:
+        return _find_here()
+    family, shape = _parse(name)
+    if family in GPUS:
+        return _describe_gpus(name, family, shape)
+    return _describe_tpus(name, family)
+
+
+def _parse(name: str) -> tuple[str, tuple[int, ...]]:
+    family, _, shape = name.partition(":")
+    dimensions = re.fullmatch(r"\d+(x\d+)*", shape)
+    num_dimensions = 1 if family in GPUS else 2 if family in ("v5e", "v6e") else 3
+    if family not in TPUS | GPUS:
+        raise ConfigError(
+            f"--topology={name}: {family!r} is not one of {', '.join(TPUS | GPUS)}. Examples: {_EXAMPLES}."
+        )
+    sizes = tuple(map(int, shape.split("x"))) if dimensions else ()
+    if len(sizes) != num_dimensions or not math.prod(sizes):
+        form = {1: "COUNT", 2: "AxB", 3: "AxBxC"}[num_dimensions]
+        raise ConfigError(f"--topology={name}: write {family}:{form}, in chips. Examples: {_EXAMPLES}.")
+    return family, sizes
+
+
+def _require_module(module: str, command: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"Planning for devices that are not here needs {module}, which is not installed: {command}"
+        )
+
+
+def _describe_tpus(name: str, family: str) -> Target:
+    from jax.experimental import topologies
+
+    options = (
+        {"chip_config_name": "megacore"} if family == "v4" else {}
+    )  # one device per chip, as JAX has it there
+    if math.prod(_parse(name)[1]) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except Exception as error:  # whatever libtpu raises
+        raise ConfigError(
+            f"--topology={name}: libtpu knows no such slice ({_first_line(error)}). "
+            "Slices are made of hosts with 2x2 chips; a single chip is 1x1."
+        ) from error
+    chip = TPUS[family]
+    return Target(name, list(devices), "tpu", int(chip.hbm_gib * GIB), chip.peak_tflops * 1e12)
+
+
+def _describe_gpus(name: str, family: str, shape: tuple[int, ...]) -> Target:
+    from jax.experimental import topologies
+
+    from llava_jax.planning.gpu_descriptions import DESCRIPTIONS
+
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            target_config=DESCRIPTIONS[family],
+            topology=f"1x1x{shape[0]}",  # slices, hosts, devices
+        )
+    except Exception as error:  # whatever the plugin raises
+        raise ConfigError(f"--topology={name}: the CUDA plugin refuses it ({_first_line(error)}).") from error
+    chip = GPUS[family]
+    fraction = float(os.environ.get(MEMORY_FRACTION, DEFAULT_MEMORY_FRACTION))
+    # Without a device Triton's matrix products cannot be tuned, and some tilings it tries are refused.
+    options = {"xla_gpu_enable_triton_gemm": False}
+    hbm_bytes = int(chip.hbm_gib * GIB * fraction)
+    return Target(name, list(described.devices), "cuda", hbm_bytes, chip.peak_tflops * 1e12, options)
+
+
+def _find_here() -> Target:
+    import jax
+
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    chips = [chip for chip in (TPUS | GPUS).values() if kind.startswith(chip.kinds)]
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
+    return Target(HERE, devices, platform, limit, chips[0].peak_tflops * 1e12 if chips else None)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,110 @@
+"""The FLOPs formula against a count by hand and against XLA's."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llava_jax.config import LossConfig, ModelConfig, TextConfig, TuneConfig, VisionConfig
+from llava_jax.flops import Work, causal_pairs, training_flops
+from llava_jax.step import abstract_model, make_eval_step
+
+SMALL = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=6,
+        intermediate_size=10,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    ),
+    text=TextConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        max_position_embeddings=64,
+    ),
+)
+WORK = Work(tokens=100, pairs=700, images=3, supervised=20)
+
+# By hand, forward. Two of three tower layers run, on 5 positions of 4 patches and the class token.
+TOWER = 3 * (2 * (5 * 2 * (4 * 6 * 6 + 2 * 6 * 10) + 5 * 5 * 4 * 6) + 4 * 2 * 48 * 6)
+PATCHES = 3 * (4 * 2 * 48 * 6)
+FIRST, SECOND = 3 * 4 * 2 * 6 * 8, 3 * 4 * 2 * 8 * 8  # the projector's matrices, on 4 features per image
+DECODER = 2 * 100 * 2 * (8 * 16 + 8 * 8 + 8 * 8 + 16 * 8 + 3 * 8 * 12)  # q, k, v, o, MLP
+ATTENTION = 2 * 700 * 4 * 16
+HEAD = 20 * 2 * 8 * 50
+
+
+@pytest.mark.parametrize(
+    ("tune", "expected"),
+    [
+        (
+            TuneConfig(vision_tower=False, projector=True, language_model=False),
+            (TOWER, 2 * FIRST + 3 * SECOND, 2 * DECODER + 3 * ATTENTION, 2 * HEAD),
+        ),
+        (
+            TuneConfig(vision_tower=False, projector=True, language_model=True),
+            (TOWER, 2 * FIRST + 3 * SECOND, 3 * DECODER + 3 * ATTENTION, 3 * HEAD),
+        ),
+        (
+            TuneConfig(vision_tower=False, projector=False, language_model=True),
+            (TOWER, FIRST + SECOND, 3 * DECODER + 3 * ATTENTION, 3 * HEAD),
+        ),
+        (
+            TuneConfig(vision_tower=True, projector=False, language_model=False),
+            (3 * TOWER - PATCHES, 2 * FIRST + 2 * SECOND, 2 * DECODER + 3 * ATTENTION, 2 * HEAD),
+        ),
+    ],
+)
+def test_flops_equal_a_count_by_hand(tune, expected):
+    flops = training_flops(SMALL, tune, WORK)
+    assert tuple(flops.values()) == expected
+    assert list(flops) == ["vision_tower", "projector", "decoder", "head"]
+
+
+def test_a_sample_of_four_tokens_has_ten_pairs():
+    assert causal_pairs(4) == 1 + 2 + 3 + 4
+
+
+def test_work_adds_up():
+    assert Work(1, 2, 3, 4) + Work(10, 20, 30, 40) * 2 == Work(21, 42, 63, 84)
+
+
+def test_seven_billion_parameters_cost_about_six_flops_each_per_token():
+    work = Work(tokens=1, pairs=0, images=0, supervised=1)
+    parameters = 6_738_415_616 - 32_000 * 4096  # Llama-2-7B without its embeddings, a lookup
+    total = sum(training_flops(ModelConfig(), TuneConfig(), work).values())
+    assert total == pytest.approx(6 * parameters, rel=1e-3)  # norms are no matrices
+
+
+def test_flops_equal_what_xla_counts_of_the_unrolled_forward_pass():
+    """XLA sees the whole square of pairs, all positions' logits, and elementwise work besides."""
+    model = ModelConfig(
+        vision=VisionConfig(128, 512, 3, 2, 56, 14),
+        text=TextConfig(512, 256, 640, 2, 4, 2, 64, max_position_embeddings=128),
+    )
+    B, T, M = 2, 96, 1
+    graphdef, shapes = abstract_model(model, unroll=4)
+    parameters = {name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for name, leaf in shapes.items()}
+    batch = {
+        key: jax.ShapeDtypeStruct((1, B, T), jnp.int32)
+        for key in ("tokens", "labels", "positions", "segment_ids")
+    } | {"images": jax.ShapeDtypeStruct((1, B, M, 56, 56, 3), jnp.uint8)}
+    step = make_eval_step(graphdef, LossConfig(chunk_size=T - 1))
+    counted = jax.jit(step).lower(parameters, batch).cost_analysis()["flops"]
+
+    work = Work(tokens=B * T, pairs=B * T * T, images=B * M, supervised=B * (T - 1))
+    trained = training_flops(model, TuneConfig(), work)
+    frozen = training_flops(model, TuneConfig(vision_tower=True, projector=False), work)
+    forward = {
+        "vision_tower": trained["vision_tower"],
+        "projector": frozen["projector"] / 2,
+        "decoder": trained["decoder"] / 3,
+        "head": trained["head"] / 3,
+    }
+    assert counted == pytest.approx(sum(forward.values()), rel=0.02)
+    assert counted > sum(forward.values())

@@ -1,0 +1,434 @@
+"""What a plan says: memory by arithmetic and by the compiler, collectives, rows, advice, and the command itself."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from llava_jax import trainer
+from llava_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig, TuneConfig
+from llava_jax.data import pipeline
+from llava_jax.errors import OutOfMemoryError
+from llava_jax.planning import targets
+from llava_jax.planning.advice import Situation, advise
+from llava_jax.planning.collectives import Traffic, read_collectives
+from llava_jax.planning.compilation import Compiled, needed_bytes
+from llava_jax.planning.memory import Arguments, arguments
+from llava_jax.planning.search import flags, search
+from llava_jax.planning.stage_plan import StagePlan, make_plan
+from llava_jax.planning.workload import PACKED_SAMPLES_PER_ROW, Given, assume, find_workload
+from llava_jax.program import Program
+from llava_jax.recipe import parse
+from llava_jax.sharding import make_mesh
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+
+# As TPU's compiler writes it: a gather spread over two fusions of a loop, whose length is in its condition.
+TPU_HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%start (param_0: bf16[1,64,256]) -> (bf16[1,64,256], bf16[1,512,256]) {
+  %param_0 = bf16[1,64,256]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-gather.1 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=83, dimensions={1}
+  ROOT %custom-call.78 = (bf16[1,64,256]{2,1,0}, bf16[1,512,256]{2,1,0}) custom-call(%all-gather.1)
+}
+
+%done (param_0.1: bf16[1,64,256]) -> bf16[1,512,256] {
+  %param_0.1 = bf16[1,64,256]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  ROOT %all-gather.2 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.1), channel_id=83, dimensions={1}
+}
+
+%body (p: (s32[], bf16[1,64,256])) -> (s32[], bf16[1,64,256]) {
+  %p = (s32[]{:T(128)}, bf16[1,64,256]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[1,64,256]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=1
+  %f1 = (bf16[1,64,256]{2,1,0}, bf16[1,512,256]{2,1,0}) fusion(%x), kind=kCustom, calls=%start
+  %f2 = bf16[1,512,256]{2,1,0} fusion(%x), kind=kCustom, calls=%done
+  ROOT %t = (s32[]{:T(128)}, bf16[1,64,256]{2,1,0:T(8,128)(2,1)}) tuple(%p, %x)
+}
+
+%condition (q: (s32[], bf16[1,64,256])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(32)
+  %q = (s32[]{:T(128)}, bf16[1,64,256]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.5), direction=LT
+}
+
+%chunk (r: (s32[], s32[], f32[64,512])) -> (s32[], s32[], f32[64,512]) {
+  %r = (s32[]{:T(128)}, s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}) parameter(0)
+  %g = f32[64,512]{1,0:T(8,128)} get-tuple-element(%r), index=2
+  %all-reduce.9 = f32[64,512]{1,0:T(8,128)} all-reduce(%g), channel_id=16, to_apply=%add
+  ROOT %t.1 = (s32[]{:T(128)}, s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}) tuple(%r, %r, %all-reduce.9)
+}
+
+%more (s: (s32[], s32[], f32[64,512])) -> pred[] {
+  %s = (s32[]{:T(128)}, s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}) parameter(0)
+  %limit = s32[]{:T(128)} get-tuple-element(%s), index=1
+  %j = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[1,64,256], b: f32[64,512]) -> f32[64,512] {
+  %a = bf16[1,64,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[64,512]{1,0:T(8,128)} parameter(1)
+  %w = (s32[]{:T(128)}, bf16[1,64,256]{2,1,0:T(8,128)(2,1)}) while(%a), condition=%condition, body=%body
+  %v = (s32[]{:T(128)}, s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}) while(%b), condition=%more, body=%chunk
+  ROOT %out = f32[64,512]{1,0:T(8,128)} get-tuple-element(%v), index=2
+}
+"""
+# As the GPU compiler writes it.
+GPU_HLO = """\
+HloModule jit_step
+
+%layer (p: (s32[], f32[1024])) -> (s32[], f32[1024]) {
+  %p = (s32[], f32[1024]{0}) parameter(0)
+  %g = f32[1024]{0} get-tuple-element(%p), index=1
+  %rs = ((f32[1024]{0}), f32[128]{0}) reduce-scatter-start(%g), channel_id=4, dimensions={0}, to_apply=%add
+  %rsd = f32[128]{0} reduce-scatter-done(%rs)
+  %ag = (f32[128]{0}, f32[1024]{0}) all-gather-start(%rsd), channel_id=5, dimensions={0}
+  %agd = f32[1024]{0} all-gather-done(%ag)
+  %ar = f32[1024]{0} all-reduce-start(%agd), channel_id=6, to_apply=%add
+  ROOT %t = (s32[], f32[1024]{0}) tuple(%p, %agd)
+}
+
+%less (q: (s32[], f32[1024])) -> pred[] {
+  %q = (s32[], f32[1024]{0}) parameter(0)
+  ROOT %fused = pred[] fusion(%q), kind=kLoop, calls=%compare
+}
+
+ENTRY %main (a: f32[1024]) -> f32[1024] {
+  %a = f32[1024]{0} parameter(0)
+  %w = (s32[], f32[1024]{0}) while(%a), condition=%less, body=%layer, backend_config={"known_trip_count":{"n":"7"}}
+  ROOT %out = f32[1024]{0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_tpu_collectives_are_counted_once_per_turn_of_their_loop():
+    traffic, num_uncertain = read_collectives(TPU_HLO)
+    assert traffic == {
+        "all-gather": Traffic(32, 32 * 512 * 256 * 2),
+        "all-reduce": Traffic(1, 64 * 512 * 4),
+    }
+    assert num_uncertain == 1  # nobody but the data knows how often the second loop turns
+
+
+def test_gpu_collectives_count_what_is_whole_before_or_after():
+    traffic, num_uncertain = read_collectives(GPU_HLO)
+    assert traffic == {kind: Traffic(7, 7 * 4096) for kind in ("all-gather", "all-reduce", "reduce-scatter")}
+    assert num_uncertain == 0
+
+
+def test_collectives_of_a_program_compiled_here_are_those_that_were_asked_for():
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names[1]))
+
+    def sums(x):
+        def add(i, total):
+            return total + jax.lax.psum(x * i, mesh.axis_names[1])
+
+        return jax.lax.fori_loop(0, 5, add, jax.numpy.zeros_like(x))
+
+    f = jax.shard_map(sums, mesh=mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False)
+    compiled = jax.jit(f).lower(jax.ShapeDtypeStruct((8, 32), "float32", sharding=rows)).compile()
+    assert read_collectives(compiled.as_text()) == ({"all-reduce": Traffic(5, 5 * 32 * 4)}, 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.60G of "
+            "15.75G hbm. Exceeded hbm capacity by 11.86G.",
+            int(27.60 * GIB),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (29.66G) exceeds "
+            "available HBM (15.75G).",
+            int(29.66 * GIB) + 1000,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.0M of 16.0M vmem.", None),
+        ("INTERNAL: Mosaic failed to compile TPU kernel", None),
+    ],
+)
+def test_what_a_refused_program_would_need_is_read_from_the_compilers_message(message, expected):
+    assert needed_bytes(message, argument_bytes=1000) == expected
+
+
+@pytest.mark.parametrize("language_model", [True, False])
+def test_state_per_device_falls_as_one_over_the_devices(language_model):
+    config = Config(tune=TuneConfig(language_model=language_model))
+    sizes = [
+        arguments(Program(config, make_mesh(MeshConfig(), jax.devices()[:n]), 10), 2048, 1)
+        for n in (1, 2, 4, 8)
+    ]
+    trained, total = (6_759_407_616, 7_045_928_960) if language_model else (20_979_712, 7_045_928_960)
+    whole = sizes[0]
+    assert whole.parameters == whole.gradients == pytest.approx(4 * trained, rel=2e-3)
+    assert whole.moments == pytest.approx(2 * whole.parameters, abs=64)
+    assert whole.frozen + whole.parameters / 2 == pytest.approx(2 * total, rel=2e-3)
+    for n, size in zip((2, 4, 8), sizes[1:], strict=True):
+        assert n * size.parameters == pytest.approx(whole.parameters, rel=1e-2)
+        assert n * size.moments == pytest.approx(whole.moments, rel=1e-2)
+        assert n * size.frozen == pytest.approx(whole.frozen, rel=1e-2)
+
+
+@pytest.fixture
+def here() -> targets.Target:
+    return targets.Target("here", jax.devices(), "cpu", None, None)
+
+
+def test_the_plan_of_these_devices_is_of_the_step_that_trains_here(tiny_config, here):
+    config = dataclasses.replace(tiny_config, mesh=MeshConfig())
+    plan = make_plan(config, here, find_workload(config, Given()))
+    mesh = make_mesh(config.mesh)
+    program = Program(config, mesh, 4)
+    shapes = (
+        program.abstract_state(),
+        program.abstract_frozen(),
+        program.abstract_batch(plan.workload.length, plan.workload.num_images),
+    )
+    stats = program.train_step().lower(*shapes).compile().memory_analysis()
+    assert plan.arguments.total == pytest.approx(stats.argument_size_in_bytes, abs=64)  # the counter of steps
+    assert plan.compiled.peak == stats.peak_memory_in_bytes > plan.arguments.total
+    assert plan.collectives["all-gather"].num_bytes > plan.arguments.parameters
+    told = plan.to_json()
+    assert told["fits"] is None and told["hbm_gib"] is None
+    assert told["peak_gib"] >= told["parameters_gib"] + told["moments_gib"]
+    assert told["at_mfu"]["0.5"]["step_seconds"] is None
+    json.dumps(told)
+
+
+def test_rows_are_those_of_the_data_where_it_is_there(tiny_config):
+    workload = find_workload(tiny_config, Given())
+    assert workload.source.startswith("measured: the largest of ")
+    assert (workload.length, workload.num_images) == (128, 1)
+    assert workload.epoch.images == 13 * 8  # 99 samples in full batches, of which some have no image
+    assert workload.row.pairs == 128 * 129 / 2
+    told = find_workload(tiny_config, Given(tokens=100, images=3, samples=10))
+    assert (told.length, told.num_images, told.source) == (128, 4, "as told")  # as batches round them
+    assert told.epoch.tokens == 1280
+
+
+def test_rows_are_assumed_where_data_or_tokenizer_is_missing(tiny_config):
+    absent = dataclasses.replace(tiny_config.data, path="nowhere.json")
+    workload = find_workload(dataclasses.replace(tiny_config, data=absent), Given())
+    assert workload.source == "assumed, for nowhere.json is not here"
+    assert (workload.length, workload.num_images, workload.epoch) == (192, 1, None)
+    no_tokenizer = dataclasses.replace(tiny_config, init=dataclasses.replace(tiny_config.init, tokenizer=""))
+    assert "tokenizer (not named) is not here" in find_workload(no_tokenizer, Given()).source
+
+
+def test_assumed_packed_rows_hold_as_many_samples_as_llavas_mix_fits_in():
+    config = Config(data=DataConfig(packing=True, batch_size=16))
+    workload = assume(config, Given(samples=664_000), "")
+    assert (workload.length, workload.num_images) == (8192, 10)
+    assert workload.epoch.tokens == pytest.approx(664_000 * 862)
+    assert PACKED_SAMPLES_PER_ROW == pipeline._ROW_LENGTHS
+
+
+def situation(peak: float, **sections) -> Situation:
+    """A step on eight devices of 16 GiB; sizes in GiB."""
+    config = Config(**sections)
+    sizes = Arguments(*(int(size * GIB) for size in (3, 6, 1, 0, 3)))
+    shards = 8 // max(1, config.mesh.tensor)
+    return Situation(config, 2048, 8, shards, "tpu", sizes, int(peak * GIB), 16 * GIB)
+
+
+def test_advice_comes_cheapest_first_and_says_what_it_brings():
+    now = situation(
+        40,
+        train=TrainConfig(remat="none", frozen_dtype="float32"),
+        mesh=MeshConfig(data=2),
+        data=DataConfig(batch_size=32),
+    )
+    advice = advise(now)
+    assert [each.change for each in advice] == [
+        "--config.train.frozen_dtype=bfloat16",
+        "--config.mesh.data=1 --config.mesh.fsdp=-1",
+        "--config.train.accumulation_steps=4",
+        "--config.train.remat=dots",
+        "--config.train.remat=full",
+        "32 devices instead of 8",
+    ]
+    assert advice[0].saves == GIB // 2
+    assert advice[1].saves == (3 + 3 + 6 + 1) * GIB / 2
+    # 27 GiB of activations, of which 0.75 + 0.49 stay; three quarters of the rest go, and sums of gradients come.
+    assert advice[2].saves == pytest.approx((27 - 1.24) * 0.75 * GIB - 3 * GIB, rel=0.01)
+    # 4 rows x 2048 tokens x 32 layers, bfloat16: 4096 + 4 x 4096 (+ 4096 x 4 + 11008 x 2) and 3 x 4096 + 2 x 11008.
+    assert advice[4].saves == 4 * 2048 * 32 * 2 * ((3 + 2) * 4096 + 2 * 11008 + 5 * 4096 + 2 * 11008)
+
+
+def test_a_step_of_one_row_per_device_needs_more_devices_to_be_smaller():
+    changes = [each.change for each in advise(situation(20, data=DataConfig(batch_size=8)))]
+    assert changes == [
+        "--config.mesh.tensor=2 --config.train.accumulation_steps=2",
+        "16 devices instead of 8",
+    ]
+
+
+def test_rows_that_cannot_be_spread_are_refused_with_what_would_do(here):
+    config = Config(data=DataConfig(batch_size=4))
+    with pytest.raises(
+        ConfigError, match=r"4 rows cannot be spread evenly over 8 devices.*--config\.mesh\.tensor=2"
+    ):
+        make_plan(config, here, assume(config, Given(), ""))
+
+
+def test_search_takes_the_most_rows_that_fit_for_each_rematerialisation(here, monkeypatch):
+    """4 rows per device at most; each needs 5 GiB with "none", 3 with "dots", 2 with "full", beside 2 for the state."""
+    tried = []
+
+    def compile_nothing(config, target, workload):
+        rows = 32 // 8 // config.train.accumulation_steps
+        peak = (2 + {"none": 5, "dots": 3, "full": 2}[config.train.remat] * rows) * GIB
+        compiled = Compiled(peak, peak <= target.hbm_bytes, 0, "")
+        return StagePlan(config, target, make_mesh(config.mesh), workload, None, compiled, {}, 0, {})
+
+    monkeypatch.setattr("llava_jax.planning.search.make_plan", compile_nothing)
+    config = Config(data=DataConfig(batch_size=32, max_length=1024))
+    workload = assume(config, Given(tokens=256), "")
+    target = dataclasses.replace(here, hbm_bytes=int(12.6 * GIB))
+    found = search(config, target, workload, tried.append)
+    assert [(plan.config.train.remat, plan.rows_per_device) for plan in found] == [
+        ("none", 2),
+        ("dots", 2),
+        ("full", 4),
+    ]
+    # 9.5 GiB of arguments leave no room for what "none" keeps of 4 rows, so that was not compiled.
+    assert [(plan.config.train.remat, plan.rows_per_device) for plan in tried] == [
+        ("none", 2),
+        ("dots", 4),
+        ("dots", 2),
+        ("full", 4),
+    ]
+    assert flags(found[0]) == "--config.train.remat=none --config.train.accumulation_steps=2"
+    assert search(config, dataclasses.replace(here, hbm_bytes=GIB), workload, tried.append) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", r"--topology=v5e: write v5e:AxB, in chips\. Examples"),
+        ("v5p:4x4", "write v5p:AxBxC"),
+        ("h100:8x8", "write h100:COUNT"),
+        ("v5litepod-16", "'v5litepod-16' is not one of v4, v5e"),
+    ],
+)
+def test_topologies_that_say_nothing_are_refused(name, message):
+    with pytest.raises(ConfigError, match=message):
+        targets.prepare(name)
+
+
+@pytest.mark.parametrize(("name", "command"), [("v5e:8x8", r"'\.\[plan\]'"), ("h200:1", "jax-cuda13-plugin")])
+def test_a_missing_compiler_is_answered_with_how_to_install_it(name, command, monkeypatch):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(ConfigError, match=rf"not installed: pip install .*{command}"):
+        targets.prepare(name)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_first_line_waits_for_no_jax():
+    result = run(
+        "-c", "import llava_jax.plan, llava_jax.planning.targets, sys; assert 'jax' not in sys.modules"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_stage_that_is_not_there_is_refused():
+    result = run(
+        "-m", "llava_jax.plan", "--config=configs/quickstart.py", "--topology=here", "--stage=finetun"
+    )
+    assert result.returncode == 10
+    assert "the stages of this recipe are towers, pretrain, finetune." in result.stderr
+
+
+SMALL = """
+from llava_jax.recipe import default_config
+
+def get_config():
+    config = default_config()
+    config.model.vision.update(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, image_size=112)
+    config.model.text.update(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=128)
+    config.data.max_length = 256
+    config.data.batch_size = 4
+    return config
+"""
+
+
+@pytest.fixture
+def small(tmp_path) -> str:
+    (tmp_path / "small.py").write_text(SMALL)
+    return f"--config={tmp_path / 'small.py'}"
+
+
+def plan(*arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
+    result = run("-m", "llava_jax.plan", *arguments, "--json")
+    assert result.stdout, result.stderr
+    lines = result.stdout.splitlines()
+    return result, json.loads(lines[-1]) if lines[-1].startswith("{") else {}
+
+
+@pytest.mark.skipif(
+    not targets.importlib.util.find_spec("libtpu"), reason="the extra [plan] is not installed"
+)
+def test_tpus_compiler_takes_the_step_with_its_kernels(small):
+    result, told = plan(small, "--topology=v5e:2x2", "--samples=1000")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("llava_jax: planning recipe llava for v5e:2x2")
+    assert lines[1] == "4 x TPU v5 lite, 15.75 GiB each, 197 TFLOP/s bfloat16"
+    assert told["fits"] is True and told["hbm_gib"] == 15.75 and told["num_devices"] == 4
+    assert 0 < told["parameters_gib"] + told["moments_gib"] < told["peak_gib"] < 15.75
+    assert told["collectives"]["all-gather"]["count"] > 2
+    assert told["at_mfu"]["0.5"]["hours_per_epoch"] > 0
+
+
+@pytest.mark.skipif(
+    not targets.importlib.util.find_spec("libtpu"), reason="the extra [plan] is not installed"
+)
+def test_a_step_that_does_not_fit_ends_with_16_and_advice(small):
+    result, told = plan(
+        small, "--topology=v5e:1x1", "--config.data.batch_size=8192", "--config.train.remat=none"
+    )
+    assert result.returncode == 16, result.stderr
+    assert "does not fit v5e:1x1" in result.stderr and "Traceback" not in result.stderr
+    assert told["fits"] is False and told["peak_gib"] > 15.75
+    assert {"--config.train.remat=full"} <= {advice["change"] for advice in told["advice"]}
+    result, _ = plan(small, "--topology=v5e:3x3")
+    assert result.returncode == 10
+    assert "libtpu knows no such slice" in result.stderr
+
+
+def test_running_out_of_memory_is_answered_with_what_takes_it_and_what_helps(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    def train_stage(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
+        )
+
+    tiny_recipe.data.batch_size, tiny_recipe.mesh.fsdp = 64, -1
+    monkeypatch.setattr("llava_jax.trainer.train_stage", train_stage)
+    monkeypatch.setattr("llava_jax.planning.advice._WORTH_TELLING", 1)  # everything is small here
+    with pytest.raises(
+        OutOfMemoryError, match=r"allocate 17179869184 bytes(.|\n)*parameters that train"
+    ) as raised:
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+    assert raised.value.exit_code == 16
+    assert "--config.train.accumulation_steps=2" in str(raised.value)
+    assert "rows of 128 tokens and 1 image slots" in str(raised.value)
