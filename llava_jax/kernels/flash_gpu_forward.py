@@ -54,7 +54,7 @@ class _Block:
     def softmax(self, scores, step, first, end, top, total, *, masked):
         """One step of the running softmax.
 
-        Returns the weights in bfloat16, by how much older ones shrink, and the new maximum and total per row.
+        Returns by how much older weights shrink, the new ones, the new maximum and the total per row.
         """
         if masked:
             shape = scores.shape
@@ -66,7 +66,7 @@ class _Block:
         shrink = jnp.exp2(top - new_top)
         total = total * shrink + weights.sum(axis=1)
         # Now, while the matmul of the step before is under way, and not when the results are first needed:
-        return lax.optimization_barrier((weights.astype(jnp.bfloat16), shrink, new_top, total))
+        return lax.optimization_barrier((shrink, weights, new_top, total))
 
     def attend(self, bounds, q, first, end, k_ring, v_ring, turn, wg):
         """The loop of a computing warpgroup: output, unnormalised, with maximum and total per row."""
@@ -75,55 +75,53 @@ class _Block:
         row = lambda value: hopper.filled((ROWS,), value, hopper.PER_ROW)
 
         def begin(scores):
-            (k,) = k_ring.wait(0)
             scores.add(q, k.transpose((1, 0)))
-            value = scores.value()
-            k_ring.release(0)
-            return self.softmax(value, lo, first, end, row(FLOOR), row(0.0), masked=True)
+            return scores.value()
 
         def advance(masked):
             def step(i, carry):
-                """Scores of step i are computed with the values of step i - 1; then the softmax runs beside the latter."""
-                out, weights, shrink, top, total = carry
+                """The matmul of scores i goes first, that of values i - 1 is under way during the softmax."""
+                out, weights, top, total = carry
+                (k,), (v,) = k_ring.wait(i - lo), v_ring.wait(i - 1 - lo)
+                turn.take(wg)
 
                 def matmuls(scores, values):
-                    (k,) = k_ring.wait(i - lo)
-                    turn.take(wg)
+                    values.set(out)
                     scores.add(q, k.transpose((1, 0)))
-                    values.set(out * hopper.over_columns(shrink, out_shape))
-                    (v,) = v_ring.wait(i - 1 - lo)
                     values.add(weights, v)
                     turn.pass_on(wg)
                     new = scores.value(in_flight=1)
                     k_ring.release(i - lo)
-                    rest = self.softmax(new, i, first, end, top, total, masked=masked)
-                    new_out = values.value()
+                    shrink, new_weights, *rest = self.softmax(new, i, first, end, top, total, masked=masked)
+                    new_out = values.value() * hopper.over_columns(shrink, out_shape)
                     v_ring.release(i - 1 - lo)
-                    return new_out, *rest
+                    return new_out, hopper.rounded(new_weights), *rest
 
                 return hopper.with_accumulators(matmuls, shape, out_shape, checked=self.checked)
 
             return step
 
         def finish(values):
-            values.set(out * hopper.over_columns(shrink, out_shape))
-            (v,) = v_ring.wait(hi - 1 - lo)
+            values.set(out)
             values.add(weights, v)
-            value = values.value()
-            v_ring.release(hi - 1 - lo)
-            return value
+            return values.value()
 
-        carry = hopper.with_accumulators(begin, shape, checked=self.checked)
-        carry = hopper.filled(out_shape, 0.0, hopper.TILE), *carry
+        (k,) = k_ring.wait(jnp.int32(0))
+        scores = hopper.with_accumulators(begin, shape, checked=self.checked)
+        k_ring.release(jnp.int32(0))
+        _, weights, *rest = self.softmax(scores, lo, first, end, row(FLOOR), row(0.0), masked=True)
+        carry = hopper.filled(out_shape, 0.0, hopper.TILE), hopper.rounded(weights), *rest
         full_lo = jnp.maximum(full_lo, lo + 1)
         full_hi = jnp.maximum(full_hi, full_lo)
         turn.open(wg)
         carry = lax.fori_loop(lo + 1, full_lo, advance(masked=True), carry)
         carry = lax.fori_loop(full_lo, full_hi, advance(masked=False), carry)
-        carry = lax.fori_loop(full_hi, hi, advance(masked=True), carry)
+        out, weights, top, total = lax.fori_loop(full_hi, hi, advance(masked=True), carry)
         turn.close(wg)
-        out, weights, shrink, top, total = carry
-        return hopper.with_accumulators(finish, out_shape, checked=self.checked), top, total
+        (v,) = v_ring.wait(hi - 1 - lo)
+        out = hopper.with_accumulators(finish, out_shape, checked=self.checked)
+        v_ring.release(hi - 1 - lo)
+        return out, top, total
 
     def store(self, result, q_sm, lse_sm):
         """Normalises into the shared memory that held the queries."""

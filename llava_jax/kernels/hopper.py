@@ -51,6 +51,15 @@ def filled(shape: tuple[int, ...], value: float, layout) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
+def rounded(tile: jax.Array) -> jax.Array:
+    """The tile in bfloat16, for a matmul that starts now.
+
+    Without the barrier the conversion may happen early, into registers that a matmul in flight still reads:
+    ptxas then runs all matmuls one by one (its message C7513).
+    """
+    return lax.optimization_barrier(tile).astype(jnp.bfloat16)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ring:
