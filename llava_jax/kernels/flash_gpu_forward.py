@@ -149,10 +149,10 @@ def flash_forward(
     out bfloat16[B, T, N, H]; lse float32[B, N, padded] is in base 2, and infinite where a query sees nothing.
     interpret: None to run on a GPU, or the parameters of Pallas's interpret mode.
     """
-    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    (B, _, N, H), (S, K) = q.shape, k.shape[1:3]
     rows, wgs = ROWS * tiles.warpgroups, tiles.warpgroups
-    num_blocks = -(-T // rows)
-    steps = key_steps(first[:, : num_blocks * rows], end[:, : num_blocks * rows], rows, tiles.keys)
+    num_blocks = first.shape[1] // rows
+    steps = key_steps(first, end, rows, tiles.keys)
     together = heads_together(B * N, 4 * S * H * K // N, tiles.cache_bytes)
     block = _Block(q.shape, K, tiles, sm_scale * LOG2E, interpret is not None)
 

@@ -20,7 +20,7 @@ class Tiles:
     take_turns: bool = True  # one warpgroup's matmuls run while the other one is at its softmax
     dq_warpgroups: int = 2
     dq_keys: int = 64
-    dq_stages: int = 2
+    dq_stages: int = 3  # two keep the slots of two steps, and nothing is loaded ahead
     dkv_warpgroups: int = 2
     dkv_queries: int = 64
     dkv_stages: int = 2

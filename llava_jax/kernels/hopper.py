@@ -90,11 +90,13 @@ class Ring:
         for source, buffer in zip(sources, self.buffers, strict=True):
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
 
+    def at(self, turn) -> tuple:
+        """References to what was loaded in this turn, to use after wait and before release."""
+        return tuple(buffer.at[self.slot(turn)] for buffer in self.buffers)
+
     def wait(self, turn) -> tuple:
-        """References to what was loaded in this turn."""
-        slot = self.slot(turn)
-        plgpu.barrier_wait(self.full.at[slot])
-        return tuple(buffer.at[slot] for buffer in self.buffers)
+        plgpu.barrier_wait(self.full.at[self.slot(turn)])
+        return self.at(turn)
 
     def release(self, turn) -> None:
         plgpu.barrier_arrive(self.empty.at[self.slot(turn)])
