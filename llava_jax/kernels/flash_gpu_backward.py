@@ -128,7 +128,6 @@ class _Block:
                 dk, dv = carry
                 turn = turn0 + i
                 (q, lse, first, end), (do, delta) = q_ring.wait(turn), do_ring.wait(turn)
-                lse, delta = over(lse), over(delta)
 
                 def matmuls(scores, weight_gradients, sum_dk, sum_dv):
                     sum_dk.set(dk)
@@ -136,9 +135,11 @@ class _Block:
                     scores.add(k, q.transpose((1, 0)))
                     weight_gradients.add(v, do.transpose((1, 0)))
                     value = scores.value(in_flight=1)
-                    weights = self.weights(value, lse, lambda: over(first), lambda: over(end), key, masked=masked)
+                    weights = self.weights(
+                        value, over(lse), lambda: over(first), lambda: over(end), key, masked=masked
+                    )
                     sum_dv.add(hopper.rounded(weights), do)
-                    ds = weights * (weight_gradients.value(in_flight=1) - delta)
+                    ds = weights * (weight_gradients.value(in_flight=1) - over(delta))
                     sum_dk.add(hopper.rounded(ds), q)
                     return sum_dk.value(), sum_dv.value()
 

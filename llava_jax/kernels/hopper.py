@@ -13,7 +13,7 @@ TILE = plgpu.Layout.WGMMA
 PER_ROW = TILE.reduce(1)  # one value for each row of a tile
 PER_COLUMN = TILE.reduce(0)
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # 64 bfloat16 are 128 bytes
-LOADER_REGISTERS = 40
+LOADER_REGISTERS = 24
 COMPILER = plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
 )  # what jax 0.11 does and jax 0.10 does not by itself
