@@ -1,6 +1,8 @@
 """Flash attention for Hopper GPUs, as Pallas Mosaic GPU kernels. It has been compiled for them but not yet run on one."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from llava_jax.kernels.flash_gpu_ranges import key_ranges
 from llava_jax.kernels.flash_gpu_tiles import Tiles
 
 HEAD_WIDTHS = (64, 128)
+TILE_ROWS = 8  # TMA into swizzled tiles needs whole ones in global memory; a length of 577 is copied to 584
 
 
 def flash_attention(
@@ -50,8 +53,9 @@ def flash_attention(
         raise ValueError(f"sm_scale={sm_scale} is not positive.")
     if segment_ids is not None and (T != S or segment_ids.shape != q.shape[:2]):
         raise ValueError(f"segment_ids {segment_ids.shape} are for T = S; q is {q.shape}, k is {k.shape}.")
-    how = dict(causal=causal, sm_scale=float(sm_scale), tiles=tiles or Tiles(), interpret=_interpreter(interpret))
-    return _flash(q, k, v, segment_ids, tuple(how.items()))
+    how = _How((T, S), causal, float(sm_scale), tiles or Tiles(), _interpreter(interpret))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE_ROWS), (0, 0), (0, 0))) for x in (q, k, v))
+    return _flash(q, k, v, segment_ids, how)[:, :T]
 
 
 def _interpreter(wanted: bool):
@@ -62,33 +66,42 @@ def _interpreter(wanted: bool):
     return plgpu.InterpretGPUParams(detect_races=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _How:
+    lengths: tuple[int, int]  # T and S before padding
+    causal: bool
+    sm_scale: float
+    tiles: Tiles
+    interpret: Any
+
+    def ranges(self, segment_ids: jax.Array | None, batch: int) -> tuple[jax.Array, jax.Array]:
+        padded = -(-self.lengths[0] // self.tiles.row_multiple) * self.tiles.row_multiple
+        return key_ranges(segment_ids, batch, *self.lengths, padded, causal=self.causal)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _flash(q, k, v, segment_ids, how):
+def _flash(q, k, v, segment_ids, how: _How):
     return _forward(q, k, v, segment_ids, how)[0]
 
 
-def _ranges(q, k, segment_ids, *, causal, tiles, **_):
-    T = q.shape[1]
-    padded = -(-T // tiles.row_multiple) * tiles.row_multiple
-    return key_ranges(segment_ids, q.shape[0], T, k.shape[1], padded, causal=causal)
-
-
-def _forward(q, k, v, segment_ids, how):
-    out, lse = flash_forward(q, k, v, *_ranges(q, k, segment_ids, **dict(how)), **dict(how))
+def _forward(q, k, v, segment_ids, how: _How):
+    ranges = how.ranges(segment_ids, q.shape[0])
+    out, lse = flash_forward(
+        q, k, v, *ranges, causal=how.causal, sm_scale=how.sm_scale, tiles=how.tiles, interpret=how.interpret
+    )
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, segment_ids, out, lse)
 
 
-def _backward(how, residuals, do):
+def _backward(how: _How, residuals, do):
     q, k, v, segment_ids, out, lse = residuals
-    how = dict(how)
-    first, end = _ranges(q, k, segment_ids, **how)
+    first, end = how.ranges(segment_ids, q.shape[0])
     delta = jnp.einsum("BTNH,BTNH->BNT", out, do, preferred_element_type=jnp.float32)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, first.shape[1] - q.shape[1])))
     saved = Saved(q, k, v, do, lse, delta, first, end)
-    dq = gradient_of_queries(saved, **how)
-    del how["causal"]
-    return dq, *gradients_of_keys_and_values(saved, **how), None
+    options = dict(sm_scale=how.sm_scale, tiles=how.tiles, interpret=how.interpret)
+    dk, dv = gradients_of_keys_and_values(saved, **options)
+    return gradient_of_queries(saved, causal=how.causal, **options), dk, dv, None
 
 
 _flash.defvjp(_forward, _backward)
