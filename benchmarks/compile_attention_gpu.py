@@ -1,9 +1,10 @@
-"""python -m benchmarks.compile_attention_gpu [--json]: compiles the Hopper attention kernels without a GPU, and checks the code.
+"""python -m benchmarks.compile_attention_gpu [--json]: compiles the Hopper attention kernels without a GPU and checks them.
 
 Needs `pip install jax-cuda13-plugin` of jax's version, which brings the compiler; no driver, no card.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -14,7 +15,10 @@ import tempfile
 from pathlib import Path
 
 # Public figures of the cards: memory in bytes, bytes per second.
-CARDS = {"H200": ("NVIDIA H200", 151397597184, 4.8e12), "H100": ("NVIDIA H100 80GB HBM3", 84942979072, 3.352e12)}
+CARDS = {
+    "H200": ("NVIDIA H200", 151397597184, 4.8e12),
+    "H100": ("NVIDIA H100 80GB HBM3", 84942979072, 3.352e12),
+}
 SHAPES = {
     "H64 577": dict(B=8, T=577, N=16, H=64, causal=False),
     "H128 2048 causal packed": dict(B=4, T=2048, N=32, H=128, causal=True),
@@ -73,9 +77,14 @@ def misused_registers(ptx: str) -> list[str]:
         line = line.strip()
         complain = lambda what, number=number, line=line: found.append(f"{number}: {what}: {line[:80]}")
         flying = [*committed, open_group]
-        written, read = (set().union(*(getattr(group, key) for group in flying)) for key in ("written", "read"))
+        written, read = (
+            set().union(*(getattr(group, key) for group in flying)) for key in ("written", "read")
+        )
         if "wgmma.mma_async" in line:
-            lists = [set(re.findall(r"%\w+", part)) for part in re.findall(r"\{([^{}]*)\}", line.split("mma_async")[1])]
+            lists = [
+                set(re.findall(r"%\w+", part))
+                for part in re.findall(r"\{([^{}]*)\}", line.split("mma_async")[1])
+            ]
             if len(lists) > 1 and lists[1] & written:
                 complain("operand in flight")
             open_group.written |= lists[0]
@@ -88,11 +97,10 @@ def misused_registers(ptx: str) -> list[str]:
         elif re.match(r"\$L__BB\w+:", line) and (written or read):
             complain("in flight at a branch")
         elif not line.startswith((".", "//", "$")):
-            registers = re.findall(r"%\w+", line)
-            if written.intersection(registers):
+            if written.intersection(re.findall(r"%\w+", line)):
                 complain("result in flight")
-            stores = line.startswith(("st.", "stmatrix", "mbarrier", "setp"))
-            if registers and not stores and registers[line.startswith("@") :][:1] and registers[line.startswith("@")] in read:
+            destination = re.match(r"(?:@!?%\w+\s+)?(?!st|mbarrier)[\w.:]+\s+\{?(%\w+)", line)
+            if destination and destination[1] in read:
                 complain("operand overwritten")
     return found
 
@@ -117,11 +125,27 @@ def compile_case(card: str, B: int, T: int, N: int, H: int, causal: bool) -> lis
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(do)
 
+    program = (
+        jax.jit(both).trace(tensor, tensor, tensor, tensor, segments).lower(lowering_platforms=("cuda",))
+    )
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
-        jax.jit(both).trace(tensor, tensor, tensor, tensor, segments).lower(lowering_platforms=("cuda",)).compile()
-        ptx_files = sorted(Path(folder).glob("*.ptx"))
-        return [describe(path) for path in ptx_files]
+        with standard_error_in(Path(folder) / "stderr"):
+            program.compile()
+        return [describe(path) for path in sorted(Path(folder).glob("*.ptx"))]
+
+
+@contextlib.contextmanager
+def standard_error_in(path: Path):
+    """What libraries write there, too: the dump complains of a disassembler that is not installed."""
+    kept = os.dup(2)
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def describe(ptx_file: Path) -> dict:

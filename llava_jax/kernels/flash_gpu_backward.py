@@ -1,4 +1,4 @@
-"""The backward kernels of flash attention on Hopper: one for dq, one for dk and dv, without atomics: the same bits always."""
+"""The backward kernels of flash attention on Hopper: dq, and dk with dv; without atomics, so the bits are always the same."""
 
 import dataclasses
 from typing import NamedTuple
@@ -209,7 +209,12 @@ def gradient_of_queries(saved: Saved, *, causal: bool, sm_scale: float, tiles: T
             def _():
                 plgpu.copy_gmem_to_smem(gm.q.at[b, mine, head], q, q_full.at[wg])
                 plgpu.copy_gmem_to_smem(gm.do.at[b, mine, head], do, q_full.at[wg])
-                refs = (gm.first.at[b, mine], gm.end.at[b, mine], gm.lse.at[b, head, mine], gm.delta.at[b, head, mine])
+                refs = (
+                    gm.first.at[b, mine],
+                    gm.end.at[b, mine],
+                    gm.lse.at[b, head, mine],
+                    gm.delta.at[b, head, mine],
+                )
                 known = tuple(hopper.load(ref, hopper.PER_ROW) for ref in refs)
                 plgpu.barrier_wait(q_full.at[wg])
                 _store(math.dq(bounds, q, do, known, k_ring, v_ring) * sm_scale, q, destination)

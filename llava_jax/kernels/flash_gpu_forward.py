@@ -156,7 +156,9 @@ def flash_forward(
     together = heads_together(B * N, 4 * S * H * K // N, tiles.cache_bytes)
     block = _Block(q.shape, K, tiles, sm_scale * LOG2E, interpret is not None)
 
-    def kernel(q_gm, k_gm, v_gm, first_gm, end_gm, steps_gm, out_gm, lse_gm, *, q_sm, lse_sm, q_full, k, v, turns):
+    def kernel(
+        q_gm, k_gm, v_gm, first_gm, end_gm, steps_gm, out_gm, lse_gm, *, q_sm, lse_sm, q_full, k, v, turns
+    ):
         wg, sheet = lax.axis_index("wg"), lax.axis_index("group") * together + lax.axis_index("sheet")
         b, head = lax.div(sheet, jnp.int32(N)), lax.rem(sheet, jnp.int32(N))
         at = lax.axis_index("block")

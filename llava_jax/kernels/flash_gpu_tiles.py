@@ -30,13 +30,17 @@ class Tiles:
         for name in ("keys", "dq_keys", "dkv_queries"):
             size = getattr(self, name)
             if size < 64 or size > 256 or size % 64:
-                raise ValueError(f"Tiles.{name}={size}: a step has 64, 128, 192 or 256 (swizzled tiles of 64).")
+                raise ValueError(
+                    f"Tiles.{name}={size}: a step has 64, 128, 192 or 256 (swizzled tiles of 64)."
+                )
         for name in ("warpgroups", "dq_warpgroups", "dkv_warpgroups"):
             if getattr(self, name) not in (1, 2, 3):
                 raise ValueError(f"Tiles.{name}={getattr(self, name)}: a block has registers for 1, 2 or 3.")
         for name in ("stages", "dq_stages", "dkv_stages"):
             if getattr(self, name) < 2:
-                raise ValueError(f"Tiles.{name}={getattr(self, name)}: one slot is read while another is filled.")
+                raise ValueError(
+                    f"Tiles.{name}={getattr(self, name)}: one slot is read while another is filled."
+                )
 
     @property
     def row_multiple(self) -> int:
