@@ -1,4 +1,4 @@
-"""The backward kernels of flash attention on Hopper: dq, and dk with dv; without atomics, so the bits are always the same."""
+"""The backward kernels of flash attention on Hopper: dq, and dk with dv; no atomics, so the bits are always the same."""
 
 import dataclasses
 from typing import NamedTuple
