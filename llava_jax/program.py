@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llava_jax.config import Config
-from llava_jax.optimizer import is_trainable, make_optimizer
+from llava_jax.optimizer import make_optimizer
 from llava_jax.sharding import (
     batch_sharding,
     constrain_rows,
@@ -18,7 +18,14 @@ from llava_jax.sharding import (
     replicated,
     state_shardings,
 )
-from llava_jax.step import TrainState, abstract_model, make_eval_step, make_train_step, model_settings
+from llava_jax.step import (
+    TrainState,
+    abstract_tuned_model,
+    make_eval_step,
+    make_train_step,
+    model_settings,
+)
+from llava_jax.tuning import is_trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +40,12 @@ class Program:
     num_steps: int  # optimizer steps of the stage; schedules end there
 
     @functools.cached_property
-    def _model(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-        return abstract_model(self.config.model, **model_settings(self.config, constrain_rows(self.mesh)))
+    def _model(self) -> tuple[nnx.GraphDef, dict, dict]:
+        return self._network(dropout=True)
+
+    def _network(self, *, dropout: bool) -> tuple[nnx.GraphDef, dict, dict]:
+        settings = model_settings(self.config, constrain_rows(self.mesh))
+        return abstract_tuned_model(self.config, dropout=dropout, **settings)
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
@@ -45,7 +56,7 @@ class Program:
         return {
             name: self._abstract(name, leaf.shape, jnp.float32)
             for name, leaf in self._model[1].items()
-            if is_trainable(name, self.config.tune)
+            if is_trainable(name, self.config)
         }
 
     def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -53,7 +64,7 @@ class Program:
         return {
             name: self._abstract(name, leaf.shape, jnp.dtype(self.config.train.frozen_dtype))
             for name, leaf in self._model[1].items()
-            if not is_trainable(name, self.config.tune)
+            if not is_trainable(name, self.config)
         }
 
     def abstract_state(self) -> TrainState:
@@ -88,15 +99,19 @@ class Program:
     def train_step(self):
         """step(state, frozen, batch) -> (state, metrics), jitted; see `make_train_step`. Donates the state."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        graphdef, _, keys = self._model
+        step = make_train_step(
+            graphdef, self._optimizer, self.config.loss, dropout=keys, seed=self.config.seed
+        )
         return jax.jit(
-            make_train_step(self._model[0], self._optimizer, self.config.loss),
+            step,
             donate_argnums=0,
             out_shardings=(shardings, replicated(self.mesh)),
         )
 
     def eval_step(self):
         """step(parameters, batch) -> (sum of losses, supervised tokens), jitted; see `make_eval_step`."""
-        return jax.jit(make_eval_step(self._model[0], self.config.loss))
+        return jax.jit(make_eval_step(self._network(dropout=False)[0], self.config.loss))
 
     def _abstract(self, name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=parameter_sharding(self.mesh, name, shape))

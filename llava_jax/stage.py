@@ -16,10 +16,10 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError
 from llava_jax.metrics import MetricsLog
-from llava_jax.optimizer import MODULES, learning_rates
 from llava_jax.program import Program
 from llava_jax.recorder import Recorder
 from llava_jax.sharding import parameter_sharding, place_batch
+from llava_jax.tuning import table
 from llava_jax.weights import before_stage, load
 
 
@@ -51,16 +51,18 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
         saved_step = checkpoints.latest_step()
         evaluated = stage.evaluation is None or "eval_loss" in _results(stage, log)
         if saved_step != stage.num_steps or not evaluated:
-            _print_plan(stage, weights, saved_step)
-            _train(stage, before_stage(weights, stage.config), mesh, log, checkpoints)
+            program = Program(stage.config, mesh, stage.num_steps)
+            _print_plan(stage, program, saved_step)
+            _train(stage, program, before_stage(weights, stage.config), log, checkpoints)
     finally:
         checkpoints.close()
     return _results(stage, log)
 
 
-def _train(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog, checkpoints: Checkpoints) -> None:
-    config = stage.config
-    program = Program(config, mesh, stage.num_steps)
+def _train(
+    stage: Stage, program: Program, weights: ModelSource, log: MetricsLog, checkpoints: Checkpoints
+) -> None:
+    config, mesh = stage.config, program.mesh
     sharding = partial(parameter_sharding, mesh)
     checksums = {}
     frozen = load(
@@ -121,7 +123,7 @@ def _check_meta(found: dict, expected: dict, path: Path) -> None:
         )
 
 
-def _print_plan(stage: Stage, weights: ModelSource, saved_step: int | None) -> None:
+def _print_plan(stage: Stage, program: Program, saved_step: int | None) -> None:
     """What trains, on what, at which rate."""
     config, summary = stage.config, stage.pipeline.summary()
     print(
@@ -135,11 +137,8 @@ def _print_plan(stage: Stage, weights: ModelSource, saved_step: int | None) -> N
     shapes = stage.pipeline.schedule.shapes((saved_step or 0) // stage.pipeline.steps_per_epoch)
     listed = ", ".join(f"{length} x {images}" for length, images in shapes)
     print(f"  an epoch's rows of tokens x images: {listed}; each shape is compiled once", flush=True)
-    rates = learning_rates(config.optimizer)
-    for prefix, module in MODULES.items():
-        count = sum(math.prod(weights.shape(name)) for name in weights.names() if name.startswith(prefix))
-        how = f"trains at {rates[module]:g}" if getattr(config.tune, module) else "frozen"
-        print(f"  {module:<15} {count:>15,} parameters  {how}", flush=True)
+    for line in table(config, program.abstract_trainable(), program.abstract_frozen()):
+        print(f"  {line}", flush=True)
 
 
 def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:

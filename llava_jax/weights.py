@@ -14,8 +14,9 @@ from llava_jax.config import Config, InitConfig, ModelConfig, from_json
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
-from llava_jax.optimizer import MODULES
 from llava_jax.step import abstract_model, random_parameters
+from llava_jax.tuned_weights import restored, tuned
+from llava_jax.tuning import module_of
 
 RUN_FORMAT = "llava_jax run"
 
@@ -91,11 +92,12 @@ def complete(source: ModelSource, seed: int) -> ModelSource:
 
 
 def before_stage(weights: ModelSource, config: Config) -> ModelSource:
-    """`weights` as the stage of this config starts from them: a fresh projector where it asks for one."""
-    if not config.tune.fresh_projector:
-        return weights
-    names = {name for name in weights.names() if _is_projector(name)}
-    return weights.with_leaves(_random_leaves(config.model, config.seed + 1, names))
+    """`weights` as the stage of this config starts from them: in the form that it trains (see `tuned`), and with a
+    fresh projector where it asks for one."""
+    if config.tune.fresh_projector:
+        names = {name for name in weights.names() if _is_projector(name)}
+        weights = weights.with_leaves(_random_leaves(config.model, config.seed + 1, names))
+    return tuned(weights, config)
 
 
 def after_stage(weights: ModelSource, config: Config, checkpoints: Path) -> ModelSource:
@@ -108,7 +110,7 @@ def after_stage(weights: ModelSource, config: Config, checkpoints: Path) -> Mode
     frozen = {
         name: _verified(name, weights.leaves[name], crc, saved.path) for name, crc in saved.frozen.items()
     }
-    return weights.with_leaves(frozen | saved.leaves(), layout="run")
+    return restored(weights.with_leaves(frozen | saved.leaves(), layout="run"), config)
 
 
 def _verified(name: str, leaf: Leaf, crc: int, path: Path) -> Leaf:
@@ -293,7 +295,7 @@ def _projector(path: str, model: ModelConfig) -> dict[str, Leaf]:
 
 
 def _is_projector(name: str) -> bool:
-    return MODULES[name.split(".")[0]] == "projector"
+    return module_of(name) == "projector"
 
 
 def _differences(theirs, ours, prefix: str) -> list[tuple[str, object, object]]:

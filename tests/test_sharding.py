@@ -12,7 +12,7 @@ from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.optimizer import is_trainable, make_optimizer
+from llava_jax.optimizer import make_optimizer
 from llava_jax.recipe import vicuna
 from llava_jax.sharding import (
     constrain_rows,
@@ -23,6 +23,7 @@ from llava_jax.sharding import (
     state_shardings,
 )
 from llava_jax.step import TrainState, abstract_model, make_train_step, model_settings, random_parameters
+from llava_jax.tuning import is_trainable
 
 
 def train(config, mesh_config, num_devices, batches):
@@ -34,7 +35,7 @@ def train(config, mesh_config, num_devices, batches):
         name: jax.device_put(value, place(name, value.shape))
         for name, value in random_parameters(config.model, 0, shapes.keys()).items()
     }
-    trainable = {name: value for name, value in parameters.items() if is_trainable(name, config.tune)}
+    trainable = {name: value for name, value in parameters.items() if is_trainable(name, config)}
     frozen = {name: value for name, value in parameters.items() if name not in trainable}
     optimizer = make_optimizer(config.optimizer, len(batches))
     opt_state = jax.jit(
@@ -132,7 +133,7 @@ def test_the_real_steps_lower_for_eight_devices(size):
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     place = {name: parameter_sharding(mesh, name, leaf.shape) for name, leaf in shapes.items()}
-    trained = {n: struct(v, jnp.float32, place[n]) for n, v in shapes.items() if is_trainable(n, config.tune)}
+    trained = {n: struct(v, jnp.float32, place[n]) for n, v in shapes.items() if is_trainable(n, config)}
     frozen = {n: struct(v, jnp.bfloat16, place[n]) for n, v in shapes.items() if n not in trained}
     optimizer = make_optimizer(config.optimizer, 10)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, jax.eval_shape(optimizer.init, trained))

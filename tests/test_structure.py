@@ -32,11 +32,11 @@ def uses(path: Path, *names: str) -> list[str]:
 COMMANDS = ("train", "generate", "evaluate", "check_data")
 # A file may import from its own line and the lines above it.
 FLOORS = (
-    ("__init__", "errors", "config", "recipe", "metrics", "commands"),
+    ("__init__", "errors", "config", "recipe", "tuning", "metrics", "commands"),
     ("kernels", "sharding"),
     ("models", "data", "optimizer"),
     ("convert", "step", "recorder", "quickstart"),
-    ("checkpoint", "program"),
+    ("checkpoint", "program", "tuned_weights"),
     ("weights",),
     ("generation", "report", "run_directory", "stage"),
     ("evaluation",),

@@ -26,8 +26,9 @@ from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.models.llava import IMAGE_TOKEN
-from llava_jax.optimizer import is_trainable, learning_rates, make_optimizer, make_schedule
+from llava_jax.optimizer import make_optimizer, make_schedule
 from llava_jax.step import TrainState, abstract_model, make_train_step
+from llava_jax.tuning import is_trainable, learning_rates
 from tests.golden import Skipped
 from tests.golden.files import load_json, load_npz, read_bytes, unpacked
 from tests.golden.model import original_tensors
@@ -95,7 +96,7 @@ def _config(record: dict, model: ModelConfig, run: Path, folder: Path) -> Config
             mask="original",
             cache_dir="",
         ),
-        tune=TuneConfig(language_model=not asked.get("tune_mm_mlp_adapter", False)),
+        tune=TuneConfig(language_model="frozen" if asked.get("tune_mm_mlp_adapter", False) else "full"),
         optimizer=OptimizerConfig(
             learning_rate=asked["learning_rate"],
             projector_learning_rate=asked.get("mm_projector_lr"),
@@ -195,12 +196,14 @@ def _train(run: Path, config: Config, record: dict, parameters: dict, batches: l
     graphdef, shapes = abstract_model(config.model)
     optimizer = make_optimizer(config.optimizer, len(batches))
     parameters = {name: jnp.asarray(parameters[name], jnp.float32) for name in shapes}
-    trainable = {name: value for name, value in parameters.items() if is_trainable(name, config.tune)}
+    trainable = {name: value for name, value in parameters.items() if is_trainable(name, config)}
     frozen = {name: value for name, value in parameters.items() if name not in trainable}
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     step_fn = jax.jit(make_train_step(graphdef, optimizer, config.loss))
     schedule, rates = make_schedule(config.optimizer, len(batches)), learning_rates(config.optimizer)
-    expected_rates = {"language_model", "projector"} if config.tune.language_model else {"projector"}
+    expected_rates = (
+        {"language_model", "projector"} if config.tune.trains("language_model") else {"projector"}
+    )
     for step, (batch, expected) in enumerate(zip(batches, record["steps"], strict=True)):
         state, metrics = step_fn(state, frozen, batch)
         ours = {float(schedule(step)) * rates[module] for module in expected_rates}
