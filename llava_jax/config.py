@@ -536,13 +536,16 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """The Hugging Face directory written after the last stage; none when `layout` is empty."""
+    """The directory for other software written after the last stage; none when `layout` is empty.
+
+    "peft" and "peft-llava-hf" are adapters alone, for the original's loader and for transformers' LLaVA.
+    """
 
     layout: str = ""
     dtype: str = "float32"
 
     def __post_init__(self):
-        one_of("export.layout", self.layout, ("", "llava-hf", "llava"))
+        one_of("export.layout", self.layout, ("", "llava-hf", "llava", "peft", "peft-llava-hf"))
         one_of("export.dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from llava_jax import report
 from llava_jax.config import Config, ConfigError
+from llava_jax.convert.adapter_export import ADAPTER_LAYOUTS, write_adapter
 from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.dataset import open_datasets
@@ -18,6 +19,7 @@ from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.recipe import Recipe
+from llava_jax.run_adapter import check_adapter, open_run_adapter
 from llava_jax.run_directory import open_run_directory
 from llava_jax.sharding import make_mesh, num_row_shards
 from llava_jax.stage import Stage, train_stage
@@ -36,7 +38,9 @@ def run(recipe: Recipe, workdir: Path) -> None:
     stages = [_make_stage(name, config, tokenizer, mesh, workdir) for name, config in recipe.stages.items()]
     if last.evaluate.path:
         check_questions(last, tokenizer)
-    if last.export.layout:
+    if last.export.layout in ADAPTER_LAYOUTS:
+        check_adapter(last)
+    elif last.export.layout:
         check_layout(last.model, last.export.layout)
     with open_run_directory(recipe, workdir):
         _run_stages(recipe, stages, weights, tokenizer, mesh, workdir)
@@ -60,7 +64,7 @@ def _run_stages(
         print("\n".join(f"{name:<28} {value:.4g}" for name, value in evaluation.items()), flush=True)
     report.write_model_card(workdir, recipe, {stage.name: stage.pipeline.summary() for stage in stages})
     if last.export.layout:
-        _export(weights, last, workdir / "export")
+        _export(weights, last, workdir)
     print(f"Done: {workdir}", flush=True)
 
 
@@ -101,9 +105,14 @@ def _load_tokenizer(weights: ModelSource) -> Tokenizer:
     return tokenizer
 
 
-def _export(weights: ModelSource, config: Config, directory: Path) -> None:
+def _export(weights: ModelSource, config: Config, workdir: Path) -> None:
+    directory = workdir / "export"
     if directory.exists():  # of an earlier end of this run, perhaps with other settings
         shutil.rmtree(directory)
+    if config.export.layout in ADAPTER_LAYOUTS:
+        adapter = open_run_adapter(workdir)
+        write_adapter(directory, adapter, layout=config.export.layout, dtype=config.export.dtype)
+        return
     write_hf(
         directory,
         layout=config.export.layout,

@@ -1,6 +1,7 @@
 """A model's parameters in the form in which a stage trains them, and back again in the model's own."""
 
 import dataclasses
+import re
 import zlib
 
 import numpy as np
@@ -20,8 +21,8 @@ def tuned(weights: ModelSource, config: Config) -> ModelSource:
         elif name.endswith((f".{LORA_A}", f".{LORA_B}")):
             leaves[name] = _new_adapter(name, shape.shape, config.seed)
         else:
-            whole, begin, end = _cut_name(name)
-            leaves[name] = _layers(weights.leaves[whole], begin, end)
+            begin, end = map(int, name.split(".")[2].split(":"))
+            leaves[name] = _layers(weights.leaves[own_name(name)], begin, end)
     return dataclasses.replace(weights, leaves=leaves)
 
 
@@ -37,7 +38,7 @@ def restored(weights: ModelSource, config: Config) -> ModelSource:
         if kind == "kernel" and a is not None:
             leaves[name] = _merged(leaf, a, b, config.lora.scale)
         elif module in spans and name.split(".")[1] == "layers":
-            whole = _cut_name(name)[0]
+            whole = own_name(name)
             parts = [weights.leaves[_with_span(whole, span_name(span))] for span in spans[module]]
             leaves[whole] = _joined(parts)
         else:
@@ -59,11 +60,13 @@ def _new_adapter(name: str, shape: tuple[int, ...], seed: int) -> Leaf:
     return Leaf(shape, np.dtype(np.float32), read)
 
 
-def _cut_name(name: str) -> tuple[str, int, int]:
-    """ "m.layers.28:32.q_proj.kernel" -> "m.layers.q_proj.kernel", 28, 32."""
-    module, layers, span, rest = name.split(".", 3)
-    begin, end = map(int, span.split(":"))
-    return f"{module}.{layers}.{rest}", begin, end
+def own_name(name: str) -> str:
+    """The model's own name of what a parameter of the trained form is part of: "m.layers.28:32.q_proj.lora_a" ->
+    "m.layers.q_proj.kernel"."""
+    layer, _, kind = name.rpartition(".")
+    if kind in (LORA_A, LORA_B):
+        name = f"{layer}.kernel"
+    return re.sub(r"\.layers\.\d+:\d+\.", ".layers.", name)
 
 
 def _with_span(name: str, span: str) -> str:

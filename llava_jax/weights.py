@@ -102,6 +102,11 @@ def before_stage(weights: ModelSource, config: Config) -> ModelSource:
 
 def after_stage(weights: ModelSource, config: Config, checkpoints: Path) -> ModelSource:
     """`weights` with what the stage of this config trained, from the newest of its checkpoints."""
+    return restored(as_trained(weights, config, checkpoints), config)
+
+
+def as_trained(weights: ModelSource, config: Config, checkpoints: Path) -> ModelSource:
+    """The same in the form in which the stage trains it, adapters not merged."""
     steps = saved_steps(checkpoints)
     if not steps:
         raise CheckpointError(f"{checkpoints} holds no finished checkpoint; train that stage first.")
@@ -110,7 +115,7 @@ def after_stage(weights: ModelSource, config: Config, checkpoints: Path) -> Mode
     frozen = {
         name: _verified(name, weights.leaves[name], crc, saved.path) for name, crc in saved.frozen.items()
     }
-    return restored(weights.with_leaves(frozen | saved.leaves(), layout="run"), config)
+    return weights.with_leaves(frozen | saved.leaves(), layout="run")
 
 
 def _verified(name: str, leaf: Leaf, crc: int, path: Path) -> Leaf:
@@ -175,16 +180,21 @@ def _is_run(path: Path) -> bool:
 
 def open_run(workdir: Path) -> ModelSource:
     """The model that a training run ended with, or has reached."""
-    try:
-        saved = json.loads((workdir / "config.json").read_text())
-        stages = {name: from_json(Config, fields) for name, fields in saved["stages"].items()}
-    except (KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{workdir / 'config.json'} is no run's settings ({error!r}).") from error
+    stages = run_stages(workdir)
     weights = initial_weights(next(iter(stages.values())))
     for name, config in stages.items():
         weights = after_stage(weights, config, checkpoint_directory(workdir, name))
     last = next(reversed(stages.values())).data
     return dataclasses.replace(weights, template=last.template, image_aspect_ratio=last.image_aspect_ratio)
+
+
+def run_stages(workdir: Path) -> dict[str, Config]:
+    """The settings of a run's stages by name. Raises CheckpointError where there are none."""
+    try:
+        saved = json.loads((workdir / "config.json").read_text())
+        return {name: from_json(Config, fields) for name, fields in saved["stages"].items()}
+    except (KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{workdir / 'config.json'} is no run's settings ({error!r}).") from error
 
 
 def load(

@@ -38,7 +38,7 @@ FLOORS = (
     ("convert", "step", "recorder", "quickstart"),
     ("checkpoint", "program", "tuned_weights"),
     ("weights",),
-    ("generation", "report", "run_directory", "stage"),
+    ("generation", "report", "run_adapter", "run_directory", "stage"),
     ("evaluation",),
     ("trainer",),
     COMMANDS,

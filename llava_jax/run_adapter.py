@@ -1,0 +1,69 @@
+"""The adapter that a run by LoRA trained, as it is written for PEFT."""
+
+from pathlib import Path
+
+from llava_jax.config import Config, ConfigError
+from llava_jax.convert.adapter_export import TrainedAdapter
+from llava_jax.convert.source import ModelSource
+from llava_jax.tuned_weights import own_name, restored, tuned
+from llava_jax.tuning import LORA_A, LORA_B, is_trainable, lora_targets, module_of
+from llava_jax.weights import after_stage, as_trained, checkpoint_directory, initial_weights, run_stages
+
+
+def open_run_adapter(workdir: Path) -> TrainedAdapter:
+    """What a run whose last stage trained by LoRA did to the model that `init` names; nothing is read yet.
+
+    What earlier stages trained counts as trained whole, and so does the projector where the base has none or another.
+    Raises ConfigError for a run without LoRA at its end, CheckpointError as `open_run` does.
+    """
+    stages = run_stages(workdir)
+    *earlier, last = stages
+    config = stages[last]
+    check_adapter(config)
+    weights = initial_weights(next(iter(stages.values())))
+    replaced = set() if _base_has_projector(stages) else {n for n in weights.names() if _is_projector(n)}
+    for name in earlier:
+        replaced |= {own_name(n) for n in _trained_names(weights, stages[name])}
+        weights = after_stage(weights, stages[name], checkpoint_directory(workdir, name))
+    found = as_trained(weights, config, checkpoint_directory(workdir, last))
+    trained = {own_name(n) for n in _trained_names(weights, config) if not n.endswith((LORA_A, LORA_B))}
+    final = restored(found, config)
+    low_rank = {
+        own_name(name): (leaf, found.leaves[f"{name.removesuffix(LORA_A)}{LORA_B}"])
+        for name, leaf in found.leaves.items()
+        if name.endswith(f".{LORA_A}")
+    }
+    return TrainedAdapter(
+        model=weights.config,
+        lora=config.lora,
+        base=config.init.model or config.init.language_model,
+        low_rank=low_rank,
+        # Of a layer with LoRA it is the kernel below that an earlier stage trained.
+        replaced={n: (weights if n in low_rank else final).leaves[n] for n in replaced | trained},
+        template=config.data.template,
+        image_aspect_ratio=config.data.image_aspect_ratio,
+    )
+
+
+def check_adapter(config: Config) -> None:
+    """Raises ConfigError if a run that ends with the stage of this config has no adapter to write."""
+    if not lora_targets(config):
+        raise ConfigError(
+            "No module of the run's last stage trains by LoRA, so there is no adapter to write; choose the layout llava-hf "
+            "or llava, or set tune.language_model='lora'."
+        )
+
+
+def _base_has_projector(stages: dict[str, Config]) -> bool:
+    fresh = any(config.tune.fresh_projector for config in stages.values())
+    first = next(iter(stages.values())).init
+    return bool(first.model) and not first.projector and not fresh
+
+
+def _is_projector(name: str) -> bool:
+    return module_of(name) == "projector"
+
+
+def _trained_names(weights: ModelSource, config: Config) -> list[str]:
+    """What trains in a stage, under the names of the trained form."""
+    return [name for name in tuned(weights, config).names() if is_trainable(name, config)]
