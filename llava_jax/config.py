@@ -181,6 +181,9 @@ class InitConfig:
     vision_tower: str = ""  # a CLIP directory
     language_model: str = ""  # a Llama, Vicuna, ... directory
     projector: str = ""  # mm_projector.bin / .safetensors, or a directory or run that holds a projector
+    adapters: str = (
+        ""  # PEFT adapters, with commas between: merged in this order, the last trained further by LoRA
+    )
     tokenizer: str = ""  # tokenizer.model, tokenizer.json or a directory; "" = beside the decoder's weights
 
     def __post_init__(self):
@@ -384,6 +387,7 @@ class LoraConfig:
     projector_target: str | None = None
     language_model_target: str | None = None
     bias: str = "none"  # which biases train too: none, all (of the module), lora_only (of the adapted layers)
+    create_new_adapter: bool = False  # merge the last of init.adapters too, and train a new one
     rslora: bool = False  # scale = alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
 
     def __post_init__(self):
@@ -607,6 +611,10 @@ class Config:
         require(
             with_lora or (self.lora == LoraConfig() and optimizer.loraplus_lr_ratio == 1.0),
             "lora.* or optimizer.loraplus_lr_ratio is set, but no module trains by LoRA; set tune.language_model='lora'.",
+        )
+        require(
+            self.init.adapters or not self.lora.create_new_adapter,
+            "lora.create_new_adapter is about init.adapters, which names none; drop it: a new adapter is trained anyway.",
         )
 
 

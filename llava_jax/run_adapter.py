@@ -4,7 +4,10 @@ from pathlib import Path
 
 from llava_jax.config import Config, ConfigError
 from llava_jax.convert.adapter_export import TrainedAdapter
+from llava_jax.convert.adapters import open_adapter
+from llava_jax.convert.names import model_rows
 from llava_jax.convert.source import ModelSource
+from llava_jax.starting_adapters import split_adapters
 from llava_jax.tuned_weights import own_name, restored, tuned
 from llava_jax.tuning import LORA_A, LORA_B, is_trainable, lora_targets, module_of
 from llava_jax.weights import after_stage, as_trained, checkpoint_directory, initial_weights, run_stages
@@ -21,7 +24,7 @@ def open_run_adapter(workdir: Path) -> TrainedAdapter:
     config = stages[last]
     check_adapter(config)
     weights = initial_weights(next(iter(stages.values())))
-    replaced = set() if _base_has_projector(stages) else {n for n in weights.names() if _is_projector(n)}
+    replaced = _replaced_before(stages, weights)
     for name in earlier:
         replaced |= {own_name(n) for n in _trained_names(weights, stages[name])}
         weights = after_stage(weights, stages[name], checkpoint_directory(workdir, name))
@@ -54,10 +57,22 @@ def check_adapter(config: Config) -> None:
         )
 
 
-def _base_has_projector(stages: dict[str, Config]) -> bool:
+def _replaced_before(stages: dict[str, Config], weights: ModelSource) -> set[str]:
+    """What is not as in the base even before anything was trained. Raises ConfigError where that is the decoder."""
+    first = next(iter(stages.values()))
+    merged, continued = split_adapters(first)
+    if merged:
+        raise ConfigError(
+            f"The run started from a base with the adapters {', '.join(merged)} merged, and that model is saved nowhere, so "
+            "an adapter could not name its base; choose the layout llava-hf or llava."
+        )
     fresh = any(config.tune.fresh_projector for config in stages.values())
-    first = next(iter(stages.values())).init
-    return bool(first.model) and not first.projector and not fresh
+    has_projector = first.init.model and not first.init.projector and not fresh
+    replaced = set() if has_projector else {name for name in weights.names() if _is_projector(name)}
+    if continued:
+        tensors = open_adapter(continued).replaced
+        replaced |= {row.leaf for row in model_rows(weights.config) if tensors.keys() & set(row.tensors)}
+    return replaced
 
 
 def _is_projector(name: str) -> bool:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import IO
 
-from llava_jax.config import Config, to_json
+from llava_jax.config import Config, split_names, to_json
 from llava_jax.errors import CheckpointError, ConfigError, InUseError
 from llava_jax.metrics import write_json
 from llava_jax.recipe import Recipe
@@ -81,7 +81,13 @@ def _lock(workdir: Path) -> IO:
 def _absolute(config: Config) -> dict:
     """The config as JSON, with absolute paths in `init`, so that the run can be opened from anywhere."""
     fields = to_json(config)
-    return fields | {"init": {key: path and os.path.abspath(path) for key, path in fields["init"].items()}}
+    absolute = {
+        key: ",".join(map(os.path.abspath, split_names(path)))
+        if key == "adapters"
+        else path and os.path.abspath(path)
+        for key, path in fields["init"].items()
+    }
+    return fields | {"init": absolute}
 
 
 def _check_same_run(path: Path, asked: dict) -> None:

@@ -14,6 +14,7 @@ from llava_jax.config import Config, InitConfig, ModelConfig, from_json
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
+from llava_jax.starting_adapters import with_adapters
 from llava_jax.step import abstract_model, random_parameters
 from llava_jax.tuned_weights import restored, tuned
 from llava_jax.tuning import module_of
@@ -52,10 +53,10 @@ def initial_weights(config: Config) -> ModelSource:
             + " ".join(f"--config.{key}={theirs}" for key, theirs, _ in differing)
         )
     leaves = source.leaves | (_projector(init.projector, model) if init.projector else {})
+    source = with_adapters(dataclasses.replace(source, leaves=leaves), config)
     return complete(
         dataclasses.replace(
             source,
-            leaves=leaves,
             tokenizer_path=init.tokenizer or source.tokenizer_path,
             template=config.data.template,
             image_aspect_ratio=config.data.image_aspect_ratio,
@@ -88,7 +89,8 @@ def complete(source: ModelSource, seed: int) -> ModelSource:
     """`source` with freshly drawn parameters where it has none, in the order of the network."""
     shapes = abstract_model(source.config)[1]
     drawn = _random_leaves(source.config, seed, shapes.keys() - source.leaves.keys())
-    return dataclasses.replace(source, leaves={name: (source.leaves | drawn)[name] for name in shapes})
+    leaves = source.leaves | drawn
+    return dataclasses.replace(source, leaves={name: leaves[name] for name in (*shapes, *leaves)})
 
 
 def before_stage(weights: ModelSource, config: Config) -> ModelSource:

@@ -36,7 +36,7 @@ FLOORS = (
     ("kernels", "sharding"),
     ("models", "data", "optimizer"),
     ("convert", "step", "recorder", "quickstart"),
-    ("checkpoint", "program", "tuned_weights"),
+    ("checkpoint", "program", "starting_adapters", "tuned_weights"),
     ("weights",),
     ("generation", "report", "run_adapter", "run_directory", "stage"),
     ("evaluation",),
