@@ -289,6 +289,15 @@ class DataConfig:
         require(self.num_threads >= 0, f"data.num_threads={self.num_threads} must not be negative.")
 
 
+def refuse_switch(key: str, value) -> None:
+    """Raises ConfigError with the word to write if a module's mode is a boolean, which it once was."""
+    require(
+        str(value) not in ("True", "False"),
+        f"{key}={value} should be a word: {'full' if str(value) == 'True' else 'frozen'!r} in its place "
+        "(or 'partial' or 'lora').",
+    )
+
+
 TUNE_MODES = ("frozen", "full", "partial", "lora")
 
 
@@ -313,11 +322,7 @@ class TuneConfig:
     def __post_init__(self):
         for module in ("vision_tower", "projector", "language_model"):
             key, mode = f"tune.{module}", getattr(self, module)
-            require(
-                str(mode) not in ("True", "False"),
-                f"{key}={mode} is a word now: {'full' if str(mode) == 'True' else 'frozen'!r} in its place "
-                f"(one of {', '.join(map(repr, TUNE_MODES))}).",
-            )
+            refuse_switch(key, mode)
             one_of(key, mode, TUNE_MODES)
             layers, modules = getattr(self, f"{module}_layers"), getattr(self, f"{module}_modules", "")
             require(
@@ -667,6 +672,8 @@ def _convert(kind, value, key: str):
         )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if re.search(r"(^|\.)tune\.(vision_tower|projector|language_model)$", key):
+        refuse_switch(key, value)
     require(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
         f"{key}={value!r} should be of type {kind.__name__}, not {type(value).__name__}.",

@@ -219,7 +219,7 @@ def _form(module: str, config: Config) -> str:
         chosen = chosen_layers(module, config)
         parts = []
         if chosen:
-            parts = [f"layers {chosen[0]} to {chosen[1] - 1} of {num_layers(module, config.model)}"]
+            parts = [f"layers {span_name(chosen)} of {num_layers(module, config.model)}"]
         return ", ".join(parts + whole)
     lora = config.lora
     text = f"LoRA of rank {lora.rank}, scale {lora.scale:g}, dropout {lora.dropout:g} on "
