@@ -81,7 +81,7 @@ def _check_run(folder: Path, run: Path, tokenizer: Path | None) -> Iterator[tupl
             yield f"{run.name} tokens", _compare_pipeline(config, batches, load_tokenizer(str(tokenizer)))
         parameters = {name: source.read(name) for name in source.names()}
     extra = load_safetensors(read_bytes(run / "init_extra.safetensors"))
-    parameters |= _leaves(config.model, extra)
+    parameters |= leaves_of(config.model, extra)
     yield from _train(run, config, record, parameters, batches)
 
 
@@ -102,8 +102,8 @@ def _config(record: dict, model: ModelConfig, run: Path, folder: Path) -> Config
             mask="original",
             cache_dir="",
         ),
-        tune=_tune(asked),
-        lora=_lora(asked) if _tune(asked).language_model == "lora" else LoraConfig(),
+        tune=tune_of(asked),
+        lora=_lora(asked) if tune_of(asked).language_model == "lora" else LoraConfig(),
         optimizer=OptimizerConfig(
             learning_rate=asked["learning_rate"],
             projector_learning_rate=asked.get("mm_projector_lr"),
@@ -122,7 +122,7 @@ def _config(record: dict, model: ModelConfig, run: Path, folder: Path) -> Config
     )
 
 
-def _tune(asked: dict) -> TuneConfig:
+def tune_of(asked: dict) -> TuneConfig:
     """What the original trains (the table of its train() in llava/train/train.py)."""
     projector = "frozen" if asked.get("freeze_mm_mlp_adapter") else "full"
     if asked.get("tune_mm_mlp_adapter"):
@@ -209,7 +209,7 @@ def _compare_pipeline(config: Config, batches: list[dict], tokenizer) -> str | N
     return None
 
 
-def _our_name(name: str) -> str:
+def our_name(name: str) -> str:
     """The original's name of a parameter, in PEFT's wrapping or not -> the canonical one and the side of a pair."""
     found = parse(name, "llava")
     if found is None:
@@ -217,9 +217,9 @@ def _our_name(name: str) -> str:
     return f"{found.tensor}.lora_{found.side}" if found.side else found.tensor
 
 
-def _leaves(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def leaves_of(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Tensors under the original's names, whole modules of them, as our parameters."""
-    tensors, leaves = {_our_name(name): tensor for name, tensor in tensors.items()}, {}
+    tensors, leaves = {our_name(name): tensor for name, tensor in tensors.items()}, {}
     for row in model_rows(model):
         for kind, suffix in ((row.leaf.rpartition(".")[2], ""), (LORA_A, ".lora_A"), (LORA_B, ".lora_B")):
             parts = [tensors[name + suffix] for name in row.tensors if name + suffix in tensors]
@@ -230,8 +230,8 @@ def _leaves(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.
     return leaves
 
 
-def _tensors(model: ModelConfig, leaves: dict) -> dict[str, np.ndarray]:
-    """The inverse of `_leaves`, with canonical names."""
+def tensors_of(model: ModelConfig, leaves: dict) -> dict[str, np.ndarray]:
+    """The inverse of `leaves_of`, with canonical names."""
     tensors = {}
     for row in model_rows(model):
         for kind, suffix in ((row.leaf.rpartition(".")[2], ""), (LORA_A, ".lora_A"), (LORA_B, ".lora_B")):
@@ -269,16 +269,16 @@ def _train(run: Path, config: Config, record: dict, parameters: dict, batches: l
 
 
 def _compare_finals(run: str, config: Config, trained: dict, parameters: dict, final: dict, record: dict):
-    found, before = (_tensors(config.model, leaves) for leaves in (trained, parameters))
+    found, before = (tensors_of(config.model, leaves) for leaves in (trained, parameters))
     record = {
-        "unchanged": {_our_name(name) for name in record["final_unchanged"]},
-        "whole": {_our_name(k): v for k, v in (record.get("final_whole_tensor") or {}).items()},
+        "unchanged": {our_name(name) for name in record["final_unchanged"]},
+        "whole": {our_name(k): v for k, v in (record.get("final_whole_tensor") or {}).items()},
     }
     special = re.compile(r"(.*?)((?:\.rows|\.row_numbers)?)")
     renamed = {}
     for name, tensor in final.items():
         stem, suffix = special.fullmatch(name).groups()
-        renamed[name if name == "rows" else _our_name(stem) + suffix] = tensor
+        renamed[name if name == "rows" else our_name(stem) + suffix] = tensor
     for name in sorted(found):
         yield f"{run} {name}", _compare_final(name, found[name], before[name], renamed, record)
 
