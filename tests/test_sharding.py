@@ -1,5 +1,6 @@
 """Steps on eight CPU devices against one device, and what each device holds."""
 
+import math
 from functools import partial
 
 import jax
@@ -7,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.config import Config, ConfigError, MeshConfig, ModelConfig, TextConfig, VisionConfig, from_json
+from llava_jax.config import (
+    Config,
+    ConfigError,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    TextConfig,
+    TuneConfig,
+    VisionConfig,
+    from_json,
+)
 from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
@@ -22,7 +33,14 @@ from llava_jax.sharding import (
     place_batch,
     state_shardings,
 )
-from llava_jax.step import TrainState, abstract_model, make_train_step, model_settings, random_parameters
+from llava_jax.step import (
+    TrainState,
+    abstract_model,
+    abstract_tuned_model,
+    make_train_step,
+    model_settings,
+    random_parameters,
+)
 from llava_jax.tuning import is_trainable
 
 
@@ -148,3 +166,13 @@ def test_the_real_steps_lower_for_eight_devices(size):
         n: v.shape for n, v in trained.items()
     }
     assert metrics["loss"].dtype == jnp.float32
+
+
+def test_adapters_have_rows_in_the_table_and_lie_in_parts_on_every_device():
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    tune = TuneConfig(vision_tower="lora", projector="lora", language_model="lora")
+    config = Config(tune=tune, lora=LoraConfig(rank=3))
+    for name, leaf in abstract_tuned_model(config)[1].items():
+        shape = parameter_sharding(mesh, name, leaf.shape).shard_shape(leaf.shape)
+        if is_trainable(name, config):
+            assert 4 * math.prod(shape) == math.prod(leaf.shape), name
