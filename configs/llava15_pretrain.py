@@ -30,6 +30,6 @@ def get_config(size: str = "7b") -> ConfigDict:
     config.data.image_aspect_ratio = "square"
     config.data.batch_size = 256
 
-    config.tune.language_model = False
+    config.tune.language_model = "frozen"
     config.optimizer.learning_rate = 1e-3
     return config

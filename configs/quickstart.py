@@ -56,14 +56,14 @@ def get_config() -> ConfigDict:
     # Not part of LLaVA, which starts from CLIP and Vicuna: everything trains, so that tower and decoder know something.
     towers = config.stages.towers
     towers.data.update(path=f"{DATASET}/towers.json", template="plain", batch_size=16, max_length=24)
-    towers.tune.vision_tower = True
+    towers.tune.vision_tower = "full"
     towers.optimizer.learning_rate = 1e-3
     towers.train.max_steps = 1300
 
     # LLaVA's first stage: a new projector alone, on captions.
     pretrain = config.stages.pretrain
     pretrain.data.update(path=f"{DATASET}/pretrain.json", template="plain", batch_size=32, max_length=24)
-    pretrain.tune.update(language_model=False, fresh_projector=True)
+    pretrain.tune.update(language_model="frozen", fresh_projector=True)
     pretrain.optimizer.learning_rate = 2e-3
     pretrain.train.max_steps = 150
 

@@ -181,6 +181,9 @@ class InitConfig:
     vision_tower: str = ""  # a CLIP directory
     language_model: str = ""  # a Llama, Vicuna, ... directory
     projector: str = ""  # mm_projector.bin / .safetensors, or a directory or run that holds a projector
+    adapters: str = (
+        ""  # PEFT adapters, with commas between: merged in this order, the last trained further by LoRA
+    )
     tokenizer: str = ""  # tokenizer.model, tokenizer.json or a directory; "" = beside the decoder's weights
 
     def __post_init__(self):
@@ -286,20 +289,131 @@ class DataConfig:
         require(self.num_threads >= 0, f"data.num_threads={self.num_threads} must not be negative.")
 
 
+def refuse_switch(key: str, value) -> None:
+    """Raises ConfigError with the word to write if a module's mode is a boolean, which it once was."""
+    require(
+        str(value) not in ("True", "False"),
+        f"{key}={value} should be a word: {'full' if str(value) == 'True' else 'frozen'!r} in its place "
+        "(or 'partial' or 'lora').",
+    )
+
+
+TUNE_MODES = ("frozen", "full", "partial", "lora")
+
+
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
-    """Which modules train. Frozen ones get no gradient, no moments and no place in checkpoints."""
+    """How each module trains. What does not train gets no gradient, no moments and no place in checkpoints.
 
-    vision_tower: bool = False
-    projector: bool = True
-    language_model: bool = True
+    Layers are a slice as Python writes it: "20:" from layer 20 on, ":2" the first two, "-4:" the last four; of
+    CLIP only the layers that are run count. Modules are names with commas between, such as "lm_head,norm".
+    """
+
+    vision_tower: str = "frozen"  # frozen, full, partial (what the settings below name), lora
+    projector: str = "full"
+    language_model: str = "full"
+    vision_tower_layers: str = ""  # with "partial"
+    projector_layers: str = ""
+    language_model_layers: str = ""
+    vision_tower_modules: str = ""  # with "partial" or "lora", trained whole: VISION_MODULES
+    language_model_modules: str = ""  # TEXT_MODULES
     fresh_projector: bool = False  # throw away what was loaded or trained before and draw a new one
 
     def __post_init__(self):
+        for module in ("vision_tower", "projector", "language_model"):
+            key, mode = f"tune.{module}", getattr(self, module)
+            refuse_switch(key, mode)
+            one_of(key, mode, TUNE_MODES)
+            layers, modules = getattr(self, f"{module}_layers"), getattr(self, f"{module}_modules", "")
+            require(
+                mode == "partial" or not layers,
+                f"{key}_layers={layers!r} is about {key}='partial', but it is {mode!r}; change one of them.",
+            )
+            require(
+                mode in ("partial", "lora") or not modules,
+                f"{key}_modules={modules!r} is about {key}='partial' or 'lora', but it is {mode!r}; change one of them.",
+            )
+            require(
+                mode != "partial" or layers or modules,
+                f"{key}='partial' says not which part: set {key}_layers, for example '-4:' for the last four.",
+            )
+        for name in split_names(self.vision_tower_modules):
+            one_of("tune.vision_tower_modules", name, VISION_MODULES)
+        for name in split_names(self.language_model_modules):
+            one_of("tune.language_model_modules", name, TEXT_MODULES)
         require(
-            self.vision_tower or self.projector or self.language_model,
-            "Nothing trains: set tune.projector, tune.language_model or tune.vision_tower to True.",
+            any(self.trains(module) for module in ("vision_tower", "projector", "language_model")),
+            "Nothing trains: set tune.projector, tune.language_model or tune.vision_tower to 'full', 'partial' or 'lora'.",
         )
+
+    def trains(self, module: str) -> bool:
+        """Whether anything of the module trains."""
+        return getattr(self, module) != "frozen"
+
+
+# What a tower and a decoder hold beside their layers.
+VISION_MODULES = ("class_embedding", "patch_embedding", "position_embedding", "pre_layrnorm")
+TEXT_MODULES = ("embed_tokens", "norm", "lm_head", "image_newline")
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """ "a, b" -> ("a", "b")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def layer_range(key: str, text: str, num_layers: int) -> tuple[int, int]:
+    """The first layer that a slice selects and the one after its last. Raises ConfigError if it selects none."""
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", text.strip())
+    require(
+        match is not None,
+        f"{key}={text!r} is no slice; write '20:' for from layer 20 on, ':2' for the first two, '-4:' for the last four.",
+    )
+    ends = [
+        default if end is None else int(end)
+        for end, default in zip(match.groups(), (0, num_layers), strict=True)
+    ]
+    begin, end = (end + num_layers if end < 0 else end for end in ends)
+    require(
+        0 <= begin < end <= num_layers,
+        f"{key}={text!r} selects no layers, or more than there are: the module has {num_layers} (0 to {num_layers - 1}).",
+    )
+    return begin, end
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in the modules whose mode is "lora": y = x W + scale * dropout(x) A B, where W is frozen."""
+
+    rank: int = 128
+    alpha: float | None = None  # scale = alpha / rank; None: 2 * rank, as the original's 256 for 128
+    dropout: float = 0.05
+    target: str = "all"  # linear layers by name, with commas between; "all": every one but the head
+    vision_tower_target: str | None = None  # where a module should have others; None: target
+    projector_target: str | None = None
+    language_model_target: str | None = None
+    bias: str = "none"  # which biases train too: none, all (of the module), lora_only (of the adapted layers)
+    create_new_adapter: bool = False  # merge the last of init.adapters too, and train a new one
+    rslora: bool = False  # scale = alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
+
+    def __post_init__(self):
+        require(self.rank > 0, f"lora.rank={self.rank} must be positive.")
+        if self.alpha is not None:
+            _positive("lora", self, "alpha")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must lie in 0 to 1, 1 excluded.")
+        one_of("lora.bias", self.bias, ("none", "all", "lora_only"))
+
+    @property
+    def effective_alpha(self) -> float:
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        return self.effective_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def target_of(self, module: str) -> tuple[str, str]:
+        """The setting that says what is adapted in a module, and its value."""
+        own = getattr(self, f"{module}_target")
+        return ("lora.target", self.target) if own is None else (f"lora.{module}_target", own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,20 +421,27 @@ class OptimizerConfig:
     """AdamW with the original's decay groups, under one schedule."""
 
     learning_rate: float = 2e-5
-    projector_learning_rate: float | None = None  # None: learning_rate
-    vision_tower_learning_rate: float | None = None
+    vision_tower_learning_rate: float | None = None  # None: learning_rate
+    projector_learning_rate: float | None = None
+    language_model_learning_rate: float | None = None
+    loraplus_lr_ratio: float = 1.0  # LoRA's B learns faster than its A, https://arxiv.org/abs/2402.12354
     schedule: str = "cosine"
     warmup_ratio: float = 0.03
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    vision_tower_weight_decay: float | None = None  # None: weight_decay
+    projector_weight_decay: float | None = None
+    language_model_weight_decay: float | None = None
     # The original asks for 1.0 but its DeepSpeed files switch clipping off; None is what it really did.
     max_grad_norm: float | None = None
 
     def __post_init__(self):
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
-        for key in ("learning_rate", "projector_learning_rate", "vision_tower_learning_rate", "epsilon"):
+        modules = ("vision_tower", "projector", "language_model")
+        rates = ("learning_rate", *(f"{module}_learning_rate" for module in modules))
+        for key in (*rates, "loraplus_lr_ratio", "epsilon"):
             if getattr(self, key) is not None:
                 _positive("optimizer", self, key)
         for key in ("beta1", "beta2"):
@@ -328,10 +449,9 @@ class OptimizerConfig:
                 0 <= getattr(self, key) < 1,
                 f"optimizer.{key}={getattr(self, key)} must lie in 0 to 1, 1 excluded.",
             )
-        require(
-            0 <= self.weight_decay < math.inf,
-            f"optimizer.weight_decay={self.weight_decay} must not be negative.",
-        )
+        for key in ("weight_decay", *(f"{module}_weight_decay" for module in modules)):
+            value = getattr(self, key)
+            require(value is None or 0 <= value < math.inf, f"optimizer.{key}={value} must not be negative.")
         require(
             0 <= self.warmup_ratio <= 1,
             f"optimizer.warmup_ratio={self.warmup_ratio} is a share of the run: 0 to 1.",
@@ -474,13 +594,16 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """The Hugging Face directory written after the last stage; none when `layout` is empty."""
+    """The directory for other software written after the last stage; none when `layout` is empty.
+
+    "peft" and "peft-llava-hf" are adapters alone, for the original's loader and for transformers' LLaVA.
+    """
 
     layout: str = ""
     dtype: str = "float32"
 
     def __post_init__(self):
-        one_of("export.layout", self.layout, ("", "llava-hf", "llava"))
+        one_of("export.layout", self.layout, ("", "llava-hf", "llava", "peft", "peft-llava-hf"))
         one_of("export.dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
 
@@ -494,6 +617,7 @@ class Config:
     init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
     tune: TuneConfig = TuneConfig()
+    lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
@@ -521,14 +645,32 @@ class Config:
             f"One image takes {self.model.num_image_tokens} tokens, more than data.max_length={self.data.max_length} "
             "leaves room for; raise data.max_length.",
         )
-        for module, rate in (
-            ("projector", "projector_learning_rate"),
-            ("vision_tower", "vision_tower_learning_rate"),
-        ):
-            require(
-                getattr(self.optimizer, rate) is None or getattr(self.tune, module),
-                f"optimizer.{rate} is set but tune.{module}=False, so nothing would train at that rate; drop one.",
-            )
+        self._check_what_trains()
+
+    def _check_what_trains(self) -> None:
+        tune, optimizer = self.tune, self.optimizer
+        modules = ("vision_tower", "projector", "language_model")
+        for module in modules:
+            for key in (f"{module}_learning_rate", f"{module}_weight_decay"):
+                require(
+                    getattr(optimizer, key) is None or tune.trains(module),
+                    f"optimizer.{key} is set but tune.{module}='frozen', so it would reach nothing; drop one.",
+                )
+        require(
+            optimizer.learning_rate == OptimizerConfig.learning_rate
+            or any(tune.trains(m) and getattr(optimizer, f"{m}_learning_rate") is None for m in modules),
+            f"optimizer.learning_rate={optimizer.learning_rate:g} reaches nothing: every module that trains has a rate of "
+            "its own; leave one of them at None.",
+        )
+        with_lora = [module for module in modules if getattr(tune, module) == "lora"]
+        require(
+            with_lora or (self.lora == LoraConfig() and optimizer.loraplus_lr_ratio == 1.0),
+            "lora.* or optimizer.loraplus_lr_ratio is set, but no module trains by LoRA; set tune.language_model='lora'.",
+        )
+        require(
+            self.init.adapters or not self.lora.create_new_adapter,
+            "lora.create_new_adapter is about init.adapters, which names none; drop it: a new adapter is trained anyway.",
+        )
 
 
 def build(cls: type, fields: dict[str, Any], prefix: str):
@@ -580,6 +722,8 @@ def _convert(kind, value, key: str):
         )
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if re.search(r"(^|\.)tune\.(vision_tower|projector|language_model)$", key):
+        refuse_switch(key, value)
     require(
         isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
         f"{key}={value!r} should be of type {kind.__name__}, not {type(value).__name__}.",

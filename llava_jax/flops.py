@@ -7,7 +7,7 @@ arXiv 2204.02311, appendix B).
 
 import dataclasses
 
-from llava_jax.config import ModelConfig, TextConfig, TuneConfig, VisionConfig
+from llava_jax.config import ModelConfig, TextConfig, TuneConfig, VisionConfig, layer_range, split_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +35,19 @@ def training_flops(model: ModelConfig, tune: TuneConfig, work: Work) -> dict[str
     """FLOPs of the forward and backward passes of `work`, by part: vision_tower, projector, decoder, head.
 
     A matrix costs its forward product once more for the gradient of its input, where anything before it trains, and
-    once more for its own, where it trains itself.
+    once more for its own, where it trains itself. A LoRA pair's own few per cent are left out; for
+    partly trained stacks it is an upper bound, as gradients end at the lowest layer that trains.
     """
     text, vision = model.text, model.vision
-    trained = 1 + tune.language_model
+    decoder = _trained_share(tune, "language_model", text.num_hidden_layers)
+    head = tune.language_model == "full" or "lm_head" in split_names(tune.language_model_modules)
     return {
-        "vision_tower": work.images * _tower(vision, model.num_vision_layers_run, tune.vision_tower),
+        "vision_tower": work.images * _tower(vision, model.num_vision_layers_run, tune),
         "projector": work.images * model.num_image_tokens * _projector(model, tune),
         # Something trains, so gradients run through all of the decoder, be it to the embeddings or to the projector.
         "decoder": text.num_hidden_layers
-        * ((1 + trained) * work.tokens * _decoder_layer(text) + 3 * work.pairs * _decoder_attention(text)),
-        "head": (1 + trained) * work.supervised * 2 * text.hidden_size * text.vocab_size,
+        * ((2 + decoder) * work.tokens * _decoder_layer(text) + 3 * work.pairs * _decoder_attention(text)),
+        "head": (2 + head) * work.supervised * 2 * text.hidden_size * text.vocab_size,
     }
 
 
@@ -64,19 +66,33 @@ def _decoder_attention(text: TextConfig) -> float:
     return 4 * text.num_attention_heads * text.head_dim
 
 
-def _tower(vision: VisionConfig, num_layers: int, trains: bool) -> float:
+def _trained_share(tune: TuneConfig, module: str, num_layers: int) -> float:
+    """The share of a module's layers whose matrices have gradients of their own."""
+    mode, layers = getattr(tune, module), getattr(tune, f"{module}_layers")
+    if mode != "partial" or not layers:
+        return float(mode == "full")
+    begin, end = layer_range(f"tune.{module}_layers", layers, num_layers)
+    return (end - begin) / num_layers
+
+
+def _tower(vision: VisionConfig, num_layers: int, tune: TuneConfig) -> float:
     """FLOPs for one image; of the pixels no gradient is taken."""
     C, P = vision.hidden_size, vision.num_patches + 1  # and the class token
-    layer = P * 2 * (4 * C * C + 2 * C * vision.intermediate_size) + P * P * 4 * C
+    layer = P * 2 * (4 * C * C + 2 * C * vision.intermediate_size)
+    pairs = P * P * 4 * C
     patches = vision.num_patches * 2 * 3 * vision.patch_size**2 * C
-    return (3 if trains else 1) * num_layers * layer + (2 if trains else 1) * patches
+    if not tune.trains("vision_tower"):
+        return num_layers * (layer + pairs) + patches
+    share = _trained_share(tune, "vision_tower", num_layers)
+    return num_layers * ((2 + share) * layer + 3 * pairs) + (1 + (tune.vision_tower == "full")) * patches
 
 
 def _projector(model: ModelConfig, tune: TuneConfig) -> float:
     """FLOPs for one feature."""
     total, width = 0, model.vision.hidden_size
+    own = _trained_share(tune, "projector", model.projector_depth)
     for layer in range(model.projector_depth):
-        gradient_of_input = tune.vision_tower or (tune.projector and layer > 0)
-        total += (1 + tune.projector + gradient_of_input) * 2 * width * model.text.hidden_size
+        gradient_of_input = tune.trains("vision_tower") or (tune.trains("projector") and layer > 0)
+        total += (1 + own + gradient_of_input) * 2 * width * model.text.hidden_size
         width = model.text.hidden_size
     return total

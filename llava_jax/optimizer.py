@@ -1,22 +1,12 @@
-"""What trains, at which rate, with which decay: AdamW as the original's trainer builds it."""
+"""AdamW as the original's trainer builds it, with each module's rate and decay."""
 
 import math
 
 import jax.numpy as jnp
 import optax
 
-from llava_jax.config import OptimizerConfig, TuneConfig
-
-MODULES = {  # the first part of a parameter's name -> the module's name in TuneConfig
-    "vision_tower": "vision_tower",
-    "multi_modal_projector": "projector",
-    "language_model": "language_model",
-}
-
-
-def is_trainable(name: str, tune: TuneConfig) -> bool:
-    """Whether the parameter of this name trains. The one filter for gradients, moments and checkpoints."""
-    return getattr(tune, MODULES[name.split(".")[0]])
+from llava_jax.config import OptimizerConfig
+from llava_jax.tuning import LORA_B, learning_rates, module_of, weight_decays
 
 
 def is_decayed(name: str) -> bool:
@@ -24,13 +14,15 @@ def is_decayed(name: str) -> bool:
     return not name.endswith((".scale", ".bias"))
 
 
-def learning_rates(config: OptimizerConfig) -> dict[str, float]:
-    """Each module's peak learning rate."""
-    own = {"projector": config.projector_learning_rate, "vision_tower": config.vision_tower_learning_rate}
-    return {
-        module: config.learning_rate if own.get(module) is None else own[module]
-        for module in MODULES.values()
-    }
+def weight_decay(name: str, config: OptimizerConfig) -> float:
+    """The decay of the parameter of this name: its module's, or none."""
+    return weight_decays(config)[module_of(name)] if is_decayed(name) else 0.0
+
+
+def learning_rate(name: str, config: OptimizerConfig) -> float:
+    """The peak rate of the parameter of this name: its module's, and LoRA+'s for the B of a pair."""
+    rate = learning_rates(config)[module_of(name)]
+    return rate * config.loraplus_lr_ratio if name.endswith(f".{LORA_B}") else rate
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -51,19 +43,17 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """AdamW over a flat dict of parameters by name, with each module's rate under one schedule."""
     schedule = make_schedule(config, num_steps)
-    rates = learning_rates(config)
 
     def scale_by_rates(updates, count):
         share = schedule(count)
-        return {
-            name: -share * rates[MODULES[name.split(".")[0]]] * update for name, update in updates.items()
-        }
+        return {name: -share * learning_rate(name, config) * update for name, update in updates.items()}
+
+    def add_decay(updates, params):
+        return {name: update + weight_decay(name, config) * params[name] for name, update in updates.items()}
 
     steps = [
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(
-            config.weight_decay, lambda params: {name: is_decayed(name) for name in params}
-        ),
+        optax.stateless(add_decay),
         _with_count(scale_by_rates),
     ]
     if config.max_grad_norm is not None:

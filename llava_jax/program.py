@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llava_jax.config import Config
-from llava_jax.optimizer import is_trainable, make_optimizer
+from llava_jax.optimizer import make_optimizer
 from llava_jax.sharding import (
     attention_placement,
     batch_sharding,
@@ -24,7 +24,14 @@ from llava_jax.sharding import (
     replicated,
     state_shardings,
 )
-from llava_jax.step import TrainState, abstract_model, make_eval_step, make_train_step, model_settings
+from llava_jax.step import (
+    TrainState,
+    abstract_tuned_model,
+    make_eval_step,
+    make_train_step,
+    model_settings,
+)
+from llava_jax.tuning import is_trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +51,14 @@ class Program:
         check_model(self.mesh, self.config.model, shapes)
 
     @cached_property
-    def _model(self) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    def _model(self) -> tuple[nnx.GraphDef, dict, dict]:
+        return self._network(dropout=True)
+
+    def _network(self, *, dropout: bool) -> tuple[nnx.GraphDef, dict, dict]:
         settings = model_settings(self.config, constrain_rows(self.mesh), attention_placement(self.mesh))
-        return abstract_model(self.config.model, look_up=look_up_embeddings(self.mesh), **settings)
+        return abstract_tuned_model(
+            self.config, dropout=dropout, look_up=look_up_embeddings(self.mesh), **settings
+        )
 
     @cached_property
     def _optimizer(self) -> optax.GradientTransformation:
@@ -61,7 +73,7 @@ class Program:
         return {
             name: self._abstract(name, leaf.shape, jnp.float32)
             for name, leaf in self._model[1].items()
-            if is_trainable(name, self.config.tune)
+            if is_trainable(name, self.config)
         }
 
     def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -69,7 +81,7 @@ class Program:
         return {
             name: self._abstract(name, leaf.shape, jnp.dtype(self.config.train.frozen_dtype))
             for name, leaf in self._model[1].items()
-            if not is_trainable(name, self.config.tune)
+            if not is_trainable(name, self.config)
         }
 
     def abstract_state(self) -> TrainState:
@@ -106,11 +118,14 @@ class Program:
     def train_step(self):
         """step(state, frozen, batch) -> (state, metrics), jitted; see `make_train_step`. Donates the state."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        graphdef, _, keys = self._model
         step = make_train_step(
-            self._model[0],
+            graphdef,
             self._optimizer_on_mesh(),
             self.config.loss,
             constrain_gradients=constrain_gradients(self.mesh, zero=self.config.sharding.zero),
+            dropout=keys,
+            seed=self.config.seed,
         )
         if self.config.sharding.offload_moments:
             step = self._with_moments_on_device(step)
@@ -118,7 +133,7 @@ class Program:
 
     def eval_step(self):
         """step(parameters, batch) -> (sum of losses, supervised tokens), jitted; see `make_eval_step`."""
-        return jax.jit(make_eval_step(self._model[0], self.config.loss))
+        return jax.jit(make_eval_step(self._network(dropout=False)[0], self.config.loss))
 
     def _abstract(self, name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.parameter_sharding(name, shape))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from llava_jax.config import Config, TextConfig, build, one_of, require
+from llava_jax.tuning import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def default_config(*stages: str) -> ConfigDict:
     return config
 
 
-STAGE_SECTIONS = ("data", "tune", "optimizer", "loss", "train", "checkpoint")
+STAGE_SECTIONS = ("data", "tune", "lora", "optimizer", "loss", "train", "checkpoint")
 _DATA_ALIASES = {"cutoff_len": "max_length"}  # LLaMA-Factory's name: ours
 
 
@@ -111,6 +112,7 @@ def parse(config_dict: ConfigDict) -> Recipe:
     order = fields.pop("stage_order", None)
     if order is None:
         config = build(Config, _without_aliases(fields), "")
+        check(config)
         return Recipe(config.name, {"": config}, prepare)
     sections = fields.pop("stages")
     require(
@@ -125,4 +127,5 @@ def parse(config_dict: ConfigDict) -> Recipe:
             f"{', '.join(sorted(fields.keys() - shared.keys()))}: set per stage here, as stages.{name}.KEY.",
         )
         stages[name] = build(Config, shared | _without_aliases(sections[name]), f"stages.{name}.")
+        check(stages[name])
     return Recipe(stages[order[0]].name, stages, prepare)

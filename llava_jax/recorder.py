@@ -11,7 +11,8 @@ from llava_jax.config import Config
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import DivergedError
 from llava_jax.metrics import MetricsLog, Progress
-from llava_jax.optimizer import learning_rates, make_schedule
+from llava_jax.optimizer import make_schedule
+from llava_jax.tuning import learning_rates
 from llava_jax.watchdog import Watchdog
 
 _SAMPLES_NAMED = 32
@@ -110,7 +111,7 @@ class Recorder:
         rates = {
             module: share * rate
             for module, rate in learning_rates(config.optimizer).items()
-            if getattr(config.tune, module)
+            if config.tune.trains(module)
         }
         common = {"learning_rate": rates.get("language_model", max(rates.values()))}
         if len(set(rates.values())) == 1:

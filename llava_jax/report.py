@@ -69,8 +69,9 @@ def write_model_card(workdir: Path, recipe: Recipe, summaries: dict[str, dict]) 
 
 
 def _stage_row(stage: str, config: Config, summary: dict, result: dict) -> str:
+    modes = {name: getattr(config.tune, name) for name in ("vision_tower", "projector", "language_model")}
     trains = ", ".join(
-        name for name in ("vision_tower", "projector", "language_model") if getattr(config.tune, name)
+        name if mode == "full" else f"{name} ({mode})" for name, mode in modes.items() if mode != "frozen"
     )
     cells = (
         stage or config.name,

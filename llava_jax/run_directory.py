@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from llava_jax.config import Config, to_json
+from llava_jax.config import Config, split_names, to_json
 from llava_jax.digests import DIGESTS
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.metrics import MetricsLog, write_json
@@ -94,7 +94,13 @@ def _overwrite(recipe: Recipe, workdir: Path) -> list[str]:
 def _absolute(config: Config) -> dict:
     """The config as JSON, with absolute paths in `init`, so that the run can be opened from anywhere."""
     fields = to_json(config)
-    return fields | {"init": {key: path and os.path.abspath(path) for key, path in fields["init"].items()}}
+    absolute = {
+        key: ",".join(map(os.path.abspath, split_names(path)))
+        if key == "adapters"
+        else path and os.path.abspath(path)
+        for key, path in fields["init"].items()
+    }
+    return fields | {"init": absolute}
 
 
 def _check_same_run(path: Path, asked: dict, anew: list[str]) -> None:

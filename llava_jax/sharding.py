@@ -40,6 +40,11 @@ TABLE = (
     (r".*\.layers\..*\.(o_proj|out_proj|down_proj|fc2)\.kernel", (None, "tensor", "fsdp")),
     (r".*\.layers\..*\.(q_proj|k_proj|v_proj|fc1)\.bias", (None, "tensor")),
     (r".*\.layers\..*\.(o_proj|out_proj|fc2)\.bias", (None, None)),
+    # Adapters are small: gathered whole where they are used, they need no split over tensor.
+    (r".*\.layers\..*\.lora_a", (None, "fsdp", None)),
+    (r".*\.layers\..*\.lora_b", (None, None, "fsdp")),
+    (r"multi_modal_projector\.linear_\d+\.lora_a", ("fsdp", None)),
+    (r"multi_modal_projector\.linear_\d+\.lora_b", (None, "fsdp")),
     (r"multi_modal_projector\.linear_\d*[13579]\.kernel", ("fsdp", "tensor")),
     (r"multi_modal_projector\.linear_\d*[02468]\.kernel", ("tensor", "fsdp")),
     (r"multi_modal_projector\.linear_\d*[13579]\.bias", ("tensor",)),

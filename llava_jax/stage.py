@@ -19,12 +19,12 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError, StoppedError
 from llava_jax.interruption import StopRequest
 from llava_jax.metrics import MetricsLog
-from llava_jax.optimizer import MODULES, learning_rates
 from llava_jax.processes import from_first
 from llava_jax.program import Program
 from llava_jax.recorder import Recorder
 from llava_jax.sharding import place_batch
 from llava_jax.step import TrainState
+from llava_jax.tuning import table
 from llava_jax.watchdog import Watchdog
 from llava_jax.weights import before_stage, load
 
@@ -60,8 +60,9 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
             "is evaluated", stage.evaluation is None or "eval_loss" in _results(stage, log)
         )
         if not (start and evaluated and int(start.name) == stage.num_steps):
-            _print_plan(stage, weights, int(start.name) if start else None)
-            _train(stage, before_stage(weights, stage.config), mesh, log, checkpoints, start)
+            program = Program(stage.config, mesh, stage.num_steps)
+            _print_plan(stage, program, int(start.name) if start else None)
+            _train(stage, program, before_stage(weights, stage.config), log, checkpoints, start)
     finally:
         checkpoints.close()
         watchdog.close()
@@ -70,14 +71,13 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
 
 def _train(
     stage: Stage,
+    program: Program,
     weights: ModelSource,
-    mesh: Mesh,
     log: MetricsLog,
     checkpoints: Checkpoints,
     start: Path | None,
 ) -> None:
     config = stage.config
-    program = Program(config, mesh, stage.num_steps)
     sharding = program.parameter_sharding
     checksums = {}
     frozen = load(
@@ -177,7 +177,7 @@ def _check_meta(found: dict, expected: dict, path: Path) -> None:
         )
 
 
-def _print_plan(stage: Stage, weights: ModelSource, saved_step: int | None) -> None:
+def _print_plan(stage: Stage, program: Program, saved_step: int | None) -> None:
     """What trains, on what, at which rate."""
     config, summary = stage.config, stage.pipeline.summary()
     print(
@@ -191,11 +191,8 @@ def _print_plan(stage: Stage, weights: ModelSource, saved_step: int | None) -> N
     shapes = stage.pipeline.schedule.shapes((saved_step or 0) // stage.pipeline.steps_per_epoch)
     listed = ", ".join(f"{length} x {images}" for length, images in shapes)
     print(f"  an epoch's rows of tokens x images: {listed}; each shape is compiled once", flush=True)
-    rates = learning_rates(config.optimizer)
-    for prefix, module in MODULES.items():
-        count = sum(math.prod(weights.shape(name)) for name in weights.names() if name.startswith(prefix))
-        how = f"trains at {rates[module]:g}" if getattr(config.tune, module) else "frozen"
-        print(f"  {module:<15} {count:>15,} parameters  {how}", flush=True)
+    for line in table(config, program.abstract_trainable(), program.abstract_frozen()):
+        print(f"  {line}", flush=True)
 
 
 def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:

@@ -14,6 +14,9 @@ from llava_jax.config import Config, LossConfig, ModelConfig
 from llava_jax.kernels.attention import Placement, attention, check_platform
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models.llava import LLaVA
+from llava_jax.models.lora import DropoutKey, add_lora, dropout_keys
+from llava_jax.models.stack import CutStack
+from llava_jax.tuning import PREFIXES, layer_spans, lora_targets
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +33,30 @@ def abstract_model(config: ModelConfig, **how) -> tuple[nnx.GraphDef, dict[str, 
     """The network's structure and its parameters' shapes by name; nothing is allocated. `how` goes to LLaVA."""
     graphdef, params = nnx.split(nnx.eval_shape(lambda: LLaVA(config, rngs=nnx.Rngs(0), **how)))
     return graphdef, flatten_dict(nnx.to_pure_dict(params), sep=".")
+
+
+def abstract_tuned_model(
+    config: Config, *, dropout: bool = True, **how
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+    """The network as a stage trains it: with adapters beside its kernels, and stacks cut where only a part trains.
+
+    -> structure, parameters' shapes by name, and the shapes of the dropout keys that `make_train_step` draws (none
+    without dropout).
+    """
+    lora = config.lora
+
+    def make():
+        model = LLaVA(config.model, rngs=nnx.Rngs(0), **how)
+        for module, spans in layer_spans(config).items():
+            part = getattr(model, PREFIXES[module])
+            part.layers = CutStack(part.layers, spans)
+        targets = {PREFIXES[module]: names for module, names in lora_targets(config).items()}
+        rate = lora.dropout if dropout else 0.0
+        return add_lora(model, targets, rank=lora.rank, scale=lora.scale, dropout=rate)
+
+    graphdef, params, keys = nnx.split(nnx.eval_shape(make), nnx.Param, DropoutKey)
+    params, keys = (flatten_dict(nnx.to_pure_dict(some), sep=".") for some in (params, keys))
+    return graphdef, params, keys
 
 
 def random_parameters(config: ModelConfig, seed: int, names: set[str]) -> dict[str, jax.Array]:
@@ -55,6 +82,8 @@ def make_train_step(
     loss: LossConfig,
     *,
     constrain_gradients: Callable[[dict], dict] = lambda gradients: gradients,
+    dropout: dict[str, jax.ShapeDtypeStruct] | None = None,
+    seed: int = 0,
 ) -> Callable:
     """Returns step(state, frozen, batch) -> (state, metrics).
 
@@ -63,13 +92,14 @@ def make_train_step(
     metrics: loss, grad_norm (before clipping), num_supervised_tokens, skipped; float32[], int32[] or bool[]. A step
     whose loss or gradients are not finite is skipped: it changes nothing but `state.step`.
     `constrain_gradients` is applied to each microbatch's gradients by name; the trainer uses it to say how they lie
-    on the devices.
+    on the devices. dropout: the shapes of the network's dropout keys, which are drawn anew from (seed, step, microbatch).
     """
 
     sum_losses = _sum_losses(graphdef, loss)
 
     def microbatch_loss(trainable, frozen, batch):
-        total, count = sum_losses(trainable | frozen, batch)
+        keys = dropout_keys(dropout, batch["dropout_key"]) if dropout else {}
+        total, count = sum_losses(trainable | frozen | keys, batch)
         if loss.normalize == "microbatch":
             total = total / jnp.maximum(count, 1)
         return total, (count, (count > 0).astype(jnp.int32))
@@ -82,6 +112,9 @@ def make_train_step(
 
     def step(state: TrainState, frozen: dict, batch: dict) -> tuple[TrainState, dict]:
         num_microbatches = batch["tokens"].shape[0]
+        if dropout:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            batch = batch | {"dropout_key": jax.random.split(key, num_microbatches)}
 
         def accumulate(sums, microbatch):
             return jax.tree.map(jnp.add, sums, grad_fn(state.trainable, frozen, microbatch)), None

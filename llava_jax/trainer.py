@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from llava_jax import report
 from llava_jax.config import Config, ConfigError, to_json
+from llava_jax.convert.adapter_export import ADAPTER_LAYOUTS, write_adapter
 from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.dataset import open_datasets
@@ -23,6 +24,7 @@ from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.planning.out_of_memory import explain_out_of_memory
 from llava_jax.processes import agree, code_version, is_first, together, wait_for_all
 from llava_jax.recipe import Recipe
+from llava_jax.run_adapter import check_adapter, open_run_adapter
 from llava_jax.run_directory import flatten, open_run_directory
 from llava_jax.sharding import check_model, make_mesh, own_rows
 from llava_jax.stage import Stage, train_stage
@@ -51,7 +53,9 @@ def run(recipe: Recipe, workdir: Path) -> None:
         ]
         if last.evaluate.path:
             check_questions(last, tokenizer)
-        if last.export.layout:
+        if last.export.layout in ADAPTER_LAYOUTS:
+            check_adapter(last)
+        elif last.export.layout:
             check_layout(last.model, last.export.layout)
     agree(code_version() | _settings(recipe) | _fingerprints(stages))
     with _open_run_directory(recipe, workdir):
@@ -125,7 +129,7 @@ def _run_stages(
     if is_first():
         report.write_model_card(workdir, recipe, {stage.name: stage.pipeline.summary() for stage in stages})
         if last.export.layout:
-            _export(weights, last, workdir / "export")
+            _export(weights, last, workdir)
     print(f"Done: {workdir}", flush=True)
     wait_for_all("the end of the run", timeout=6 * 3600.0)  # process 0 may have an export to write
 
@@ -164,9 +168,14 @@ def _load_tokenizer(weights: ModelSource) -> Tokenizer:
     return tokenizer
 
 
-def _export(weights: ModelSource, config: Config, directory: Path) -> None:
+def _export(weights: ModelSource, config: Config, workdir: Path) -> None:
+    directory = workdir / "export"
     if directory.exists():  # of an earlier end of this run, perhaps with other settings
         shutil.rmtree(directory)
+    if config.export.layout in ADAPTER_LAYOUTS:
+        adapter = open_run_adapter(workdir)
+        write_adapter(directory, adapter, layout=config.export.layout, dtype=config.export.dtype)
+        return
     write_hf(
         directory,
         layout=config.export.layout,

@@ -15,9 +15,11 @@ from llava_jax.convert import recycled
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
-from llava_jax.optimizer import MODULES
 from llava_jax.saved_parameters import SavedParameters
+from llava_jax.starting_adapters import with_adapters
 from llava_jax.step import abstract_model, random_parameters
+from llava_jax.tuned_weights import restored, tuned
+from llava_jax.tuning import module_of
 
 RUN_FORMAT = "llava_jax run"
 
@@ -53,10 +55,10 @@ def initial_weights(config: Config) -> ModelSource:
             + " ".join(f"--config.{key}={theirs}" for key, theirs, _ in differing)
         )
     leaves = source.leaves | (_projector(init.projector, model) if init.projector else {})
+    source = with_adapters(dataclasses.replace(source, leaves=leaves), config)
     return complete(
         dataclasses.replace(
             source,
-            leaves=leaves,
             tokenizer_path=init.tokenizer or source.tokenizer_path,
             template=config.data.template,
             image_aspect_ratio=config.data.image_aspect_ratio,
@@ -89,15 +91,17 @@ def complete(source: ModelSource, seed: int) -> ModelSource:
     """`source` with freshly drawn parameters where it has none, in the order of the network."""
     shapes = abstract_model(source.config)[1]
     drawn = _random_leaves(source.config, seed, shapes.keys() - source.leaves.keys())
-    return dataclasses.replace(source, leaves={name: (source.leaves | drawn)[name] for name in shapes})
+    leaves = source.leaves | drawn
+    return dataclasses.replace(source, leaves={name: leaves[name] for name in (*shapes, *leaves)})
 
 
 def before_stage(weights: ModelSource, config: Config) -> ModelSource:
-    """`weights` as the stage of this config starts from them: a fresh projector where it asks for one."""
-    if not config.tune.fresh_projector:
-        return weights
-    names = {name for name in weights.names() if _is_projector(name)}
-    return weights.with_leaves(_random_leaves(config.model, config.seed + 1, names))
+    """`weights` as the stage of this config starts from them: in the form that it trains (see `tuned`), and with a
+    fresh projector where it asks for one."""
+    if config.tune.fresh_projector:
+        names = {name for name in weights.names() if _is_projector(name)}
+        weights = weights.with_leaves(_random_leaves(config.model, config.seed + 1, names))
+    return tuned(weights, config)
 
 
 def after_stage(weights: ModelSource, config: Config, checkpoints: Path, *, verify: bool) -> ModelSource:
@@ -105,6 +109,11 @@ def after_stage(weights: ModelSource, config: Config, checkpoints: Path, *, veri
 
     verify: from the newest that is not damaged; for that all of its files are read.
     """
+    return restored(as_trained(weights, config, checkpoints, verify=verify), config)
+
+
+def as_trained(weights: ModelSource, config: Config, checkpoints: Path, *, verify: bool) -> ModelSource:
+    """The same in the form in which the stage trains it, adapters not merged."""
     steps = verified_steps(checkpoints) if verify else reversed(saved_steps(checkpoints))
     step = next(iter(steps), None)
     if step is None:
@@ -182,16 +191,21 @@ def _is_run(path: Path) -> bool:
 
 def open_run(workdir: Path) -> ModelSource:
     """The model that a training run ended with, or has reached."""
-    try:
-        saved = json.loads((workdir / "config.json").read_text())
-        stages = {name: from_json(Config, fields) for name, fields in saved["stages"].items()}
-    except (KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{workdir / 'config.json'} is no run's settings ({error!r}).") from error
+    stages = run_stages(workdir)
     weights = initial_weights(next(iter(stages.values())))
     for name, config in stages.items():
         weights = after_stage(weights, config, checkpoint_directory(workdir, name), verify=True)
     last = next(reversed(stages.values())).data
     return dataclasses.replace(weights, template=last.template, image_aspect_ratio=last.image_aspect_ratio)
+
+
+def run_stages(workdir: Path) -> dict[str, Config]:
+    """The settings of a run's stages by name. Raises CheckpointError where there are none."""
+    try:
+        saved = json.loads((workdir / "config.json").read_text())
+        return {name: from_json(Config, fields) for name, fields in saved["stages"].items()}
+    except (KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{workdir / 'config.json'} is no run's settings ({error!r}).") from error
 
 
 def load(
@@ -303,7 +317,7 @@ def _projector(path: str, model: ModelConfig) -> dict[str, Leaf]:
 
 
 def _is_projector(name: str) -> bool:
-    return MODULES[name.split(".")[0]] == "projector"
+    return module_of(name) == "projector"
 
 
 def _differences(theirs, ours, prefix: str) -> list[tuple[str, object, object]]:

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llava_jax.convert.adapter_names import parse, spell_low_rank, spell_replaced
+from llava_jax.convert.adapter_names import parse, spell_low_rank, spell_replaced, spell_wrapped
 from llava_jax.convert.adapters import open_adapter
 from llava_jax.convert.description import describe
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.merging import describe_changes, merge
-from llava_jax.convert.names import model_rows, spell
+from llava_jax.convert.names import model_rows
 from llava_jax.convert.opening import open_model, read_model
 from tests.test_convert_layouts import components
 from tests.tiny_models import (
@@ -354,7 +354,7 @@ def test_names_are_written_as_they_are_read(layout, llava_hf):
             if row.leaf.endswith(".kernel") and len(row.tensor_shape) == 2:
                 a, b = (parse(name, layout) for name in spell_low_rank(tensor, layout))
                 assert (a.tensor, a.side, b.tensor, b.side) == (tensor, "A", tensor, "B")
-                assert f"{a.module}.weight" == spell(tensor, layout)
+                assert f"{a.module}.weight" == spell_wrapped(tensor, layout)
     assert spell_low_rank("language_model.layers.3.mlp.up_proj.weight", "llava") == (
         "base_model.model.model.layers.3.mlp.up_proj.lora_A.weight",
         "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight",

@@ -39,9 +39,10 @@ from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llava
 from llava_jax.models.clip import normalize
 from llava_jax.models.llava import IMAGE_TOKEN, insert_image_features
-from llava_jax.optimizer import is_decayed, is_trainable, make_optimizer
+from llava_jax.optimizer import is_decayed, make_optimizer
 from llava_jax.sharding import make_mesh, parameter_sharding
 from llava_jax.step import TrainState, abstract_model, bind, make_train_step, random_parameters
+from llava_jax.tuning import is_trainable
 from llava_jax.weights import complete, initial_weights
 from tests.test_models import HF_IMAGE_TOKEN, TOLERANCE, llama, relative_error
 from tests.tiny_models import assert_same_leaves, export
@@ -207,8 +208,8 @@ def test_a_generator_answers_about_tiled_images(tiny_config, pictures):
 
 
 def test_the_newline_trains_and_decays_with_the_decoder_and_lies_on_every_device():
-    assert is_trainable(NEWLINE, TuneConfig())
-    assert not is_trainable(NEWLINE, TuneConfig(language_model=False))
+    assert is_trainable(NEWLINE, Config())
+    assert not is_trainable(NEWLINE, Config(tune=TuneConfig(language_model="frozen")))
     assert is_decayed(NEWLINE)
     mesh = make_mesh(MeshConfig(1, 8, 1))
     assert parameter_sharding(mesh, NEWLINE, (32,)).is_fully_replicated

@@ -26,9 +26,14 @@ def test_the_defaults_are_llava_15_7b_stage_2():
         2048,
     )
     assert dataclasses.asdict(config.tune) == {
-        "vision_tower": False,
-        "projector": True,
-        "language_model": True,
+        "vision_tower": "frozen",
+        "projector": "full",
+        "language_model": "full",
+        "vision_tower_layers": "",
+        "projector_layers": "",
+        "language_model_layers": "",
+        "vision_tower_modules": "",
+        "language_model_modules": "",
         "fresh_projector": False,
     }
 
@@ -100,10 +105,10 @@ def test_unknown_keys_answer_with_the_nearest_name(section, key, hint):
         ({"data.max_length": 8192}, "max_length=8192 exceeds .*max_position_embeddings=4096"),
         ({"data.max_length": 500}, "One image takes 576 tokens"),
         ({"train.accumulation_steps": 3}, "batch_size=128 is not a multiple of train.accumulation_steps=3"),
-        ({"tune.projector": False, "tune.language_model": False}, "Nothing trains"),
+        ({"tune.projector": "frozen", "tune.language_model": "frozen"}, "Nothing trains"),
         (
-            {"tune.projector": False, "optimizer.projector_learning_rate": 1e-4},
-            "projector_learning_rate is set but tune.projector=False",
+            {"tune.projector": "frozen", "optimizer.projector_learning_rate": 1e-4},
+            "projector_learning_rate is set but tune.projector='frozen'",
         ),
         ({"init.model": "a", "init.vision_tower": "b"}, "set one or the other"),
         ({"model.projector_type": "mlpx_gelu"}, "projector_type='mlpx_gelu' is not one of"),
@@ -128,8 +133,8 @@ def test_values_that_cannot_be_are_refused(changes, message):
 def test_wrong_types_are_named():
     with pytest.raises(ConfigError, match=r"seed='a' should be of type int, not str"):
         from_json(Config, {"seed": "a"})
-    with pytest.raises(ConfigError, match=r"tune.projector=1 should be of type bool"):
-        from_json(Config, {"tune": {"projector": 1}})
+    with pytest.raises(ConfigError, match=r"data.shuffle=1 should be of type bool"):
+        from_json(Config, {"data": {"shuffle": 1}})
     with pytest.raises(ConfigError, match=r"train.max_steps=True should be of type int"):
         from_json(Config, {"train": {"max_steps": True}})
 
@@ -178,7 +183,7 @@ def test_recipes_hold_the_published_values():
             128,
             "v1",
         )
-        assert (pretrain.tune.language_model, finetune.tune.language_model) == (False, True)
+        assert (pretrain.tune.language_model, finetune.tune.language_model) == ("frozen", "full")
         assert (pretrain.data.image_aspect_ratio, finetune.data.image_aspect_ratio) == ("square", "pad")
         assert (pretrain.data.group_by_modality_length, finetune.data.group_by_modality_length) == (
             False,

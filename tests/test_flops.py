@@ -43,19 +43,19 @@ HEAD = 20 * 2 * 8 * 50
     ("tune", "expected"),
     [
         (
-            TuneConfig(vision_tower=False, projector=True, language_model=False),
+            TuneConfig(vision_tower="frozen", projector="full", language_model="frozen"),
             (TOWER, 2 * FIRST + 3 * SECOND, 2 * DECODER + 3 * ATTENTION, 2 * HEAD),
         ),
         (
-            TuneConfig(vision_tower=False, projector=True, language_model=True),
+            TuneConfig(vision_tower="frozen", projector="full", language_model="full"),
             (TOWER, 2 * FIRST + 3 * SECOND, 3 * DECODER + 3 * ATTENTION, 3 * HEAD),
         ),
         (
-            TuneConfig(vision_tower=False, projector=False, language_model=True),
+            TuneConfig(vision_tower="frozen", projector="frozen", language_model="full"),
             (TOWER, FIRST + SECOND, 3 * DECODER + 3 * ATTENTION, 3 * HEAD),
         ),
         (
-            TuneConfig(vision_tower=True, projector=False, language_model=False),
+            TuneConfig(vision_tower="full", projector="frozen", language_model="frozen"),
             (3 * TOWER - PATCHES, 2 * FIRST + 2 * SECOND, 2 * DECODER + 3 * ATTENTION, 2 * HEAD),
         ),
     ],
@@ -99,7 +99,7 @@ def test_flops_equal_what_xla_counts_of_the_unrolled_forward_pass():
 
     work = Work(tokens=B * T, pairs=B * T * T, images=B * M, supervised=B * (T - 1))
     trained = training_flops(model, TuneConfig(), work)
-    frozen = training_flops(model, TuneConfig(vision_tower=True, projector=False), work)
+    frozen = training_flops(model, TuneConfig(vision_tower="full", projector="frozen"), work)
     forward = {
         "vision_tower": trained["vision_tower"],
         "projector": frozen["projector"] / 2,

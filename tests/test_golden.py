@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.golden import Skipped
+from llava_jax.config import ModelConfig, TextConfig, TuneConfig, VisionConfig
+from tests.golden import Skipped, training
 from tests.golden.__main__ import DEFAULT_TOKENIZER, SETS, main, report
 
 ROOT = Path(__file__).parent.parent
@@ -66,3 +67,35 @@ def test_packed_sets_are_read(tmp_path):
     assert list(check(tmp_path / "B_images", None)) == [
         ("in.png pad 5", "normalised pixels differ in the last bits")
     ]
+
+
+def test_parameters_of_a_lora_run_are_found_under_pefts_names():
+    wrapped = "base_model.model.model."
+    config = ModelConfig(vision=VisionConfig(8, 8, 2, 2, 14, 14), text=TextConfig(9, 6, 5, 2, 2, 1, 4))
+    numbers = iter(range(100))
+    tensors = {
+        f"{wrapped}layers.{layer}.self_attn.k_proj.lora_{side}.default.weight": np.full(shape, next(numbers))
+        for layer in (0, 1)
+        for side, shape in (("A", (3, 6)), ("B", (4, 3)))
+    }
+    tensors[f"{wrapped}mm_projector.0.weight"] = np.full((6, 8), next(numbers))
+    leaves = training.leaves_of(config, tensors)
+    layer = "language_model.layers.self_attn.k_proj"
+    assert {name: leaf.shape for name, leaf in leaves.items()} == {
+        f"{layer}.lora_a": (2, 6, 3),
+        f"{layer}.lora_b": (2, 3, 4),
+        "multi_modal_projector.linear_1.kernel": (8, 6),
+    }
+    assert leaves[f"{layer}.lora_a"][:, 0, 0].tolist() == [0, 2]
+    found = training.tensors_of(config, leaves)
+    assert found.keys() == {training.our_name(name) for name in tensors}
+    for name, tensor in tensors.items():
+        assert np.array_equal(found[training.our_name(name)], tensor)
+
+
+def test_the_original_trains_what_its_switches_say():
+    tune = training.tune_of
+    assert tune({"lora_enable": True}) == TuneConfig(language_model="lora")
+    assert tune({"lora_enable": True, "tune_mm_mlp_adapter": True}) == TuneConfig(language_model="frozen")
+    assert tune({"freeze_backbone": True}).language_model_modules == "lm_head"
+    assert tune({"freeze_mm_mlp_adapter": True}) == TuneConfig(projector="frozen")

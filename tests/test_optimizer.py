@@ -10,8 +10,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from llava_jax.config import OptimizerConfig, TuneConfig
-from llava_jax.optimizer import is_decayed, is_trainable, learning_rates, make_optimizer, make_schedule
+from llava_jax.config import Config, OptimizerConfig, TuneConfig
+from llava_jax.optimizer import is_decayed, make_optimizer, make_schedule
+from llava_jax.tuning import is_trainable, learning_rates
 
 NAMES = (
     "language_model.embed_tokens.embedding",
@@ -94,8 +95,8 @@ def test_norms_and_biases_are_not_decayed_but_embeddings_are():
 
 
 def test_one_filter_says_what_trains():
-    tune = TuneConfig(vision_tower=False, projector=True, language_model=False)
-    assert [name for name in NAMES if is_trainable(name, tune)] == list(NAMES[4:6])
+    config = Config(tune=TuneConfig(vision_tower="frozen", projector="full", language_model="frozen"))
+    assert [name for name in NAMES if is_trainable(name, config)] == list(NAMES[4:6])
 
 
 def test_modules_without_a_rate_of_their_own_take_the_common_one():

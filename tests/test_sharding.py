@@ -20,6 +20,7 @@ from llava_jax.config import (
     Config,
     ConfigError,
     DataConfig,
+    LoraConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -43,7 +44,8 @@ from llava_jax.sharding import (
     parameter_sharding,
     place_batch,
 )
-from llava_jax.step import abstract_model, random_parameters
+from llava_jax.step import abstract_model, abstract_tuned_model, random_parameters
+from llava_jax.tuning import is_trainable
 
 # No two sizes are alike, so that a shape in a compiled program tells what it is of.
 T, V, D, N, H, F, C = 128, 2080, 64, 4, 24, 112, 48
@@ -67,7 +69,7 @@ MODEL = ModelConfig(
         max_position_embeddings=256,
     ),
 )
-STAGE1 = TuneConfig(language_model=False)
+STAGE1 = TuneConfig(language_model="frozen")
 ROWS = 16
 
 
@@ -448,3 +450,13 @@ def test_the_real_steps_lower_for_eight_devices(size):
         name: leaf.shape for name, leaf in state.trainable.items()
     }
     assert metrics["loss"].dtype == jnp.float32
+
+
+def test_adapters_have_rows_in_the_table_and_lie_in_parts_on_every_device():
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    tune = TuneConfig(vision_tower="lora", projector="lora", language_model="lora")
+    config = Config(tune=tune, lora=LoraConfig(rank=3))
+    for name, leaf in abstract_tuned_model(config)[1].items():
+        shape = parameter_sharding(mesh, name, leaf.shape).shard_shape(leaf.shape)
+        if is_trainable(name, config):
+            assert 4 * math.prod(shape) == math.prod(leaf.shape), name

@@ -51,7 +51,7 @@ def as_stages(recipe, shapes_dataset):
             stage[section].update(recipe[section].to_dict())
         stage.train.max_steps = 2
     config.stages.pretrain.data.update(path=f"{shapes_dataset}/pretrain.json", template="plain")
-    config.stages.pretrain.tune.language_model = False
+    config.stages.pretrain.tune.language_model = "frozen"
     return config
 
 
@@ -100,7 +100,7 @@ def test_a_broken_run_continues_with_the_same_bits(tiny_recipe, tmp_path, monkey
 
 
 def test_stage_1_trains_the_projector_alone_and_frozen_weights_stay_bit_identical(tiny_recipe, tmp_path):
-    tiny_recipe.tune.language_model = False
+    tiny_recipe.tune.language_model = "frozen"
     recipe = parse(tiny_recipe)
     trainer.run(recipe, tmp_path)
     before, after = initial_weights(recipe.first), open_run(tmp_path)
@@ -113,7 +113,7 @@ def test_stage_1_trains_the_projector_alone_and_frozen_weights_stay_bit_identica
 
 
 def test_checkpoints_and_moments_exist_only_for_what_trains(tiny_recipe, tmp_path):
-    tiny_recipe.tune.language_model = False
+    tiny_recipe.tune.language_model = "frozen"
     trainer.run(parse(tiny_recipe), tmp_path)
     size = sum(value.nbytes for value in parameters(tmp_path).values())
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -340,7 +340,7 @@ def test_frozen_weights_that_changed_are_noticed(tiny_recipe, tmp_path, monkeypa
     base = parse(tiny_recipe)
     trainer.run(base, tmp_path / "base")
     tiny_recipe.init.update(model=str(tmp_path / "base"), tokenizer="")
-    tiny_recipe.tune.language_model = False
+    tiny_recipe.tune.language_model = "frozen"
     tiny_recipe.checkpoint.save_steps = 2
     run_until_saved(parse(tiny_recipe), tmp_path / "run", monkeypatch, step=2)
     read = open_run(tmp_path / "run").read

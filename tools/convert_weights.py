@@ -3,8 +3,10 @@
 from-hf SRC DST                                      import a model of any layout
 from-hf --vision-tower=CLIP --language-model=LLM DST put a model together, with a new projector
 to-hf SRC DST --layout=llava-hf|llava                export
+to-hf RUN DST --layout=peft|peft-llava-hf            export only what a run by LoRA trained
 to-hf SRC DST --only=projector                       export the projector alone
 merge-lora BASE ADAPTER DST                          merge a PEFT LoRA adapter into its base
+merge-lora RUN DST                                   merge what our own run by LoRA trained
 verify A B [--logits]                                compare two models, of any layout, tensor by tensor
 inspect PATH [--json]                                say what a directory or file holds
 """
@@ -57,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if SRC holds none"
     )
-    command.add_argument("--layout", choices=("llava-hf", "llava"), help="default: llava-hf")
+    command.add_argument(
+        "--layout", choices=("llava-hf", "llava", "peft", "peft-llava-hf"), help="default: llava-hf"
+    )
     command.add_argument(
         "--only",
         choices=("projector",),
@@ -67,8 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=to_hf)
 
     command = commands.add_parser("merge-lora", help="write the model that an adapter makes of its base")
-    command.add_argument("base", metavar="BASE", help="the model, or the decoder alone, that was trained on")
-    command.add_argument("adapter", metavar="ADAPTER", help="a directory with adapter_config.json")
+    command.add_argument(
+        "base",
+        metavar="BASE",
+        help="the model, or the decoder alone, that was trained on; a run directory of ours holds both",
+    )
+    command.add_argument("adapter", metavar="ADAPTER", nargs="?", help="a directory with adapter_config.json")
     command.add_argument("destination", metavar="DST")
     command.add_argument(
         "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if BASE holds none"
@@ -192,9 +200,14 @@ def assemble(vision_tower: str, language_model: str, seed: int):
 
 
 def to_hf(arguments, parser) -> None:
-    if arguments.only and arguments.layout == "llava-hf":
-        parser.error("--only=projector writes the original's files, the layout llava-hf has none for it")
+    if arguments.only and arguments.layout not in (None, "llava"):
+        parser.error(
+            f"--only=projector writes the original's files, the layout {arguments.layout} has none for it"
+        )
     print(f"Reading {arguments.source}", flush=True)
+    if arguments.layout in ("peft", "peft-llava-hf"):
+        export_adapter(arguments)
+        return
     model = open_source(arguments.source, arguments.vision_tower, needs_tower=not arguments.only)
     if arguments.only:
         from llava_jax.convert.projector_file import write_projector
@@ -203,6 +216,15 @@ def to_hf(arguments, parser) -> None:
         print(f"Wrote {arguments.destination} (projector)")
         return
     export(arguments, model, arguments.layout or "llava-hf")
+
+
+def export_adapter(arguments) -> None:
+    from llava_jax.convert.adapter_export import write_adapter
+    from llava_jax.run_adapter import open_run_adapter
+
+    adapter = open_run_adapter(Path(arguments.source))
+    write_adapter(arguments.destination, adapter, layout=arguments.layout, dtype=arguments.dtype)
+    print(f"Wrote {arguments.destination} ({arguments.layout}, {len(adapter.low_rank)} arrays with LoRA)")
 
 
 def export(arguments, model, layout: str) -> None:
@@ -234,6 +256,9 @@ def export(arguments, model, layout: str) -> None:
 def merge_lora(arguments, parser) -> None:
     if arguments.dtype and arguments.layout == "llava_jax":
         parser.error("--dtype is for the layouts llava-hf and llava; a llava_jax directory keeps the base's")
+    if arguments.adapter is None:
+        write_merged(arguments, merged_run(arguments.base), "run")
+        return
     from llava_jax.convert.adapters import open_adapter
     from llava_jax.convert.download import fetch
     from llava_jax.convert.merging import describe_changes, merge
@@ -246,6 +271,20 @@ def merge_lora(arguments, parser) -> None:
     else:
         model = merge(base, adapter, vision_tower=arguments.vision_tower)
     print("\n".join(describe_changes(adapter)), flush=True)
+    write_merged(arguments, model, base.layout)
+
+
+def merged_run(path: str):
+    """The model that a run by LoRA ended with."""
+    from llava_jax.run_adapter import check_adapter
+    from llava_jax.weights import open_run, run_stages
+
+    print(f"Reading {path}", flush=True)
+    check_adapter(list(run_stages(Path(path)).values())[-1])
+    return open_run(Path(path))
+
+
+def write_merged(arguments, model, origin: str) -> None:
     if arguments.layout != "llava_jax":
         export(arguments, model, arguments.layout)
         return
@@ -253,7 +292,7 @@ def merge_lora(arguments, parser) -> None:
 
     with progress_line(model) as progress:
         write_model(arguments.destination, model, progress=progress)
-    print(f"Wrote {arguments.destination} (from {base.layout} and LoRA, {len(model.names())} arrays)")
+    print(f"Wrote {arguments.destination} (from {origin} and LoRA, {len(model.names())} arrays)")
 
 
 def verify(arguments, parser) -> int:

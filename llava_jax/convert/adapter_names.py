@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from llava_jax.convert.names import canonical, spell
+from llava_jax.convert.names import TEXT, canonical, spell
 
 # PeftModel.base_model is the LoraModel, whose .model is the model that was wrapped (peft/peft_model.py).
 PREFIX = "base_model.model."
@@ -57,12 +57,21 @@ def parse(name: str, layout: str) -> AdapterTensor | None:
     return AdapterTensor(known, low_rank["side"], low_rank["module"], bool(low_rank["embedding"]))
 
 
-def spell_low_rank(tensor: str, layout: str) -> tuple[str, str]:
+def spell_low_rank(tensor: str, layout: str, projector_type: str = "mlp2x_gelu") -> tuple[str, str]:
     """A canonical linear weight's name -> the names of its A [r, in] and B [out, r] in PEFT's file."""
-    module = PREFIX + spell(tensor, layout).removesuffix(".weight")
+    module = spell_replaced(tensor, layout, projector_type).removesuffix(".weight")
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
 def spell_replaced(tensor: str, layout: str, projector_type: str = "mlp2x_gelu") -> str:
-    """A canonical name as it stands in `non_lora_trainables.bin`."""
-    return PREFIX + spell(tensor, layout, projector_type)
+    """A canonical name of what was trained whole, as it stands in `non_lora_trainables.bin`."""
+    return PREFIX + spell_wrapped(tensor, layout, projector_type)
+
+
+def spell_wrapped(tensor: str, layout: str, projector_type: str = "mlp2x_gelu") -> str:
+    """A canonical name as the model that PEFT wraps calls it; files of llava-hf have older names than transformers 5."""
+    if layout != "llava-hf":
+        return spell(tensor, layout, projector_type)
+    if tensor == TEXT + "image_newline":
+        return "model.image_newline"
+    return tensor.removeprefix(TEXT) if tensor.startswith(TEXT + "lm_head.") else f"model.{tensor}"

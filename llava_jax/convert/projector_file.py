@@ -31,7 +31,7 @@ def write_projector(destination, source: ModelSource, *, dtype: str | None = Non
     if destination.suffix not in (".safetensors", ".bin"):
         fields = _config(source, tensors)
         with new_directory(destination) as partial:
-            _write_torch(partial / "mm_projector.bin", tensors)
+            write_torch(partial / "mm_projector.bin", tensors)
             (partial / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
         return
     if destination.exists():
@@ -39,7 +39,7 @@ def write_projector(destination, source: ModelSource, *, dtype: str | None = Non
     partial = destination.with_name(destination.name + ".incomplete")
     partial.parent.mkdir(parents=True, exist_ok=True)
     if destination.suffix == ".bin":
-        _write_torch(partial, tensors)
+        write_torch(partial, tensors)
     else:
         save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, destination)
@@ -75,7 +75,7 @@ def _config(source: ModelSource, tensors: dict[str, np.ndarray]) -> dict:
     }
 
 
-def _write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """A zip as torch.save writes it: a pickle that names one storage per tensor, and the storages' bytes."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", _pickle(tensors))

@@ -1,6 +1,6 @@
 """Equal blocks held as one block whose parameters have a leading layer axis, and run by `lax.scan`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -22,13 +22,34 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
     return make(rngs)
 
 
+class CutStack(nnx.Module):
+    """A stack in ranges of layers, each with parameters of its own under a name like "28:32"."""
+
+    def __init__(self, blocks: nnx.Module, spans: Sequence[tuple[int, int]]):
+        graphdef, params = nnx.split(blocks)
+        for begin, end in spans:
+            part = jax.tree.map(lambda x, begin=begin, end=end: x[begin:end], params)
+            setattr(self, f"{begin}:{end}", nnx.merge(graphdef, part))
+        self.spans = tuple(spans)
+
+    def parts(self) -> list[nnx.Module]:
+        """The stacks that follow each other."""
+        return [getattr(self, f"{begin}:{end}") for begin, end in self.spans]
+
+
 def run_stack(
     call: Callable, blocks: nnx.Module, x: jax.Array, *, per_layer=None, remat: str, unroll: int = 1
 ):
     """Runs `x, out = call(block, x, per_layer[i])` over the layers; returns x and the stacked outs.
 
     remat: "none" keeps all activations for the backward pass, "dots" and "full" follow REMAT_POLICIES.
+    A CutStack, which is only trained, takes no `per_layer`.
     """
+    if isinstance(blocks, CutStack):
+        assert per_layer is None
+        for part in blocks.parts():
+            x, _ = run_stack(call, part, x, remat=remat, unroll=unroll)
+        return x, None
     graphdef, params = nnx.split(blocks)
 
     def body(x, layer):

@@ -27,4 +27,4 @@ def gathered_bytes(config: Config) -> int:
     heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
     layer = text.hidden_size * (heads * text.head_dim + 3 * text.intermediate_size)
     head = text.hidden_size * text.vocab_size
-    return 2 * layer * _BYTES[config.train.dtype] + (4 * head if config.tune.language_model else 0)
+    return 2 * layer * _BYTES[config.train.dtype] + (4 * head if config.tune.language_model == "full" else 0)

@@ -1,5 +1,6 @@
 """Set E: whole training runs of the original trainer, per-step losses, rates, norms and final weights, in float32."""
 
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ from llava_jax.config import (
     Config,
     DataConfig,
     InitConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
     TuneConfig,
 )
+from llava_jax.convert.adapter_names import parse
+from llava_jax.convert.names import model_rows
 from llava_jax.convert.opening import open_parts
 from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
@@ -26,13 +30,13 @@ from llava_jax.data.images import load_image, preprocess
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.models.llava import IMAGE_TOKEN
-from llava_jax.optimizer import is_trainable, learning_rates, make_optimizer, make_schedule
-from llava_jax.step import TrainState, abstract_model, make_train_step
+from llava_jax.optimizer import make_optimizer, make_schedule
+from llava_jax.step import TrainState, abstract_tuned_model, make_train_step
+from llava_jax.tuning import LORA_A, LORA_B, is_trainable, learning_rates
 from tests.golden import Skipped
 from tests.golden.files import load_json, load_npz, read_bytes, unpacked
-from tests.golden.model import original_tensors
 
-UNSUPPORTED = ("lora_enable", "freeze_backbone", "bits", "mm_use_im_start_end")
+UNSUPPORTED = ("bits", "mm_use_im_start_end")
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-4
 WEIGHT_TOLERANCE = 1e-4
@@ -47,6 +51,8 @@ def check(folder: Path, tokenizer: Path | None) -> Iterator[tuple[str, str | Non
     for run in sorted(path.parent for path in folder.glob("*/run.json*")):
         asked = load_json(run / "run.json")["hyperparameters"]
         later = [key for key in UNSUPPORTED if asked.get(key) not in (None, False, 16)]
+        if asked.get("lora_enable") and asked.get("lora_dropout", 0.05):
+            later.append("lora_dropout, which draws other numbers in torch")
         if later:
             yield run.name, Skipped(f"runs with {', '.join(later)}")
             continue
@@ -74,7 +80,8 @@ def _check_run(folder: Path, run: Path, tokenizer: Path | None) -> Iterator[tupl
         if tokenizer is not None:
             yield f"{run.name} tokens", _compare_pipeline(config, batches, load_tokenizer(str(tokenizer)))
         parameters = {name: source.read(name) for name in source.names()}
-    parameters |= _projector(load_safetensors(read_bytes(run / "init_extra.safetensors")))
+    extra = load_safetensors(read_bytes(run / "init_extra.safetensors"))
+    parameters |= leaves_of(config.model, extra)
     yield from _train(run, config, record, parameters, batches)
 
 
@@ -95,7 +102,8 @@ def _config(record: dict, model: ModelConfig, run: Path, folder: Path) -> Config
             mask="original",
             cache_dir="",
         ),
-        tune=TuneConfig(language_model=not asked.get("tune_mm_mlp_adapter", False)),
+        tune=tune_of(asked),
+        lora=_lora(asked) if tune_of(asked).language_model == "lora" else LoraConfig(),
         optimizer=OptimizerConfig(
             learning_rate=asked["learning_rate"],
             projector_learning_rate=asked.get("mm_projector_lr"),
@@ -111,6 +119,28 @@ def _config(record: dict, model: ModelConfig, run: Path, folder: Path) -> Config
         train=TrainConfig(
             accumulation_steps=accumulation, dtype="float32", frozen_dtype="float32", remat="none"
         ),
+    )
+
+
+def tune_of(asked: dict) -> TuneConfig:
+    """What the original trains (the table of its train() in llava/train/train.py)."""
+    projector = "frozen" if asked.get("freeze_mm_mlp_adapter") else "full"
+    if asked.get("tune_mm_mlp_adapter"):
+        return TuneConfig(projector=projector, language_model="frozen")
+    if asked.get("lora_enable"):
+        return TuneConfig(projector=projector, language_model="lora")
+    if asked.get("freeze_backbone"):
+        return TuneConfig(projector=projector, language_model="partial", language_model_modules="lm_head")
+    return TuneConfig(projector=projector)
+
+
+def _lora(asked: dict) -> LoraConfig:
+    """The settings of a run, with the original's defaults."""
+    return LoraConfig(
+        rank=asked.get("lora_r", 64),
+        alpha=float(asked.get("lora_alpha", 16)),
+        dropout=0.0,
+        bias=asked.get("lora_bias", "none"),
     )
 
 
@@ -179,28 +209,50 @@ def _compare_pipeline(config: Config, batches: list[dict], tokenizer) -> str | N
     return None
 
 
-def _projector(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """model.mm_projector.{0,2,...} or model.mm_projector.{weight,bias} under our names."""
-    leaves = {}
-    for name, tensor in tensors.items():
-        *number, kind = name.removeprefix("model.mm_projector.").split(".")
-        layer = f"multi_modal_projector.linear_{int(number[0]) // 2 + 1 if number else 1}"
-        leaves[f"{layer}.{'kernel' if kind == 'weight' else 'bias'}"] = (
-            tensor.T if kind == "weight" else tensor
-        )
+def our_name(name: str) -> str:
+    """The original's name of a parameter, in PEFT's wrapping or not -> the canonical one and the side of a pair."""
+    found = parse(name, "llava")
+    if found is None:
+        return name
+    return f"{found.tensor}.lora_{found.side}" if found.side else found.tensor
+
+
+def leaves_of(model: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors under the original's names, whole modules of them, as our parameters."""
+    tensors, leaves = {our_name(name): tensor for name, tensor in tensors.items()}, {}
+    for row in model_rows(model):
+        for kind, suffix in ((row.leaf.rpartition(".")[2], ""), (LORA_A, ".lora_A"), (LORA_B, ".lora_B")):
+            parts = [tensors[name + suffix] for name in row.tensors if name + suffix in tensors]
+            if parts:
+                parts = [part.T if suffix else row.to_ours(part) for part in parts]
+                leaf = np.stack(parts) if row.stacked else parts[0]
+                leaves[f"{row.leaf.rpartition('.')[0]}.{kind}"] = leaf
     return leaves
 
 
+def tensors_of(model: ModelConfig, leaves: dict) -> dict[str, np.ndarray]:
+    """The inverse of `leaves_of`, with canonical names."""
+    tensors = {}
+    for row in model_rows(model):
+        for kind, suffix in ((row.leaf.rpartition(".")[2], ""), (LORA_A, ".lora_A"), (LORA_B, ".lora_B")):
+            leaf = leaves.get(f"{row.leaf.rpartition('.')[0]}.{kind}")
+            if leaf is not None and not (suffix and not row.leaf.endswith(".kernel")):
+                parts = np.asarray(leaf) if row.stacked else [np.asarray(leaf)]
+                for name, part in zip(row.tensors, parts, strict=True):
+                    tensors[name + suffix] = part.T if suffix else row.to_theirs(part)
+    return tensors
+
+
 def _train(run: Path, config: Config, record: dict, parameters: dict, batches: list[dict]):
-    graphdef, shapes = abstract_model(config.model)
+    graphdef, shapes, _ = abstract_tuned_model(config)
     optimizer = make_optimizer(config.optimizer, len(batches))
     parameters = {name: jnp.asarray(parameters[name], jnp.float32) for name in shapes}
-    trainable = {name: value for name, value in parameters.items() if is_trainable(name, config.tune)}
+    trainable = {name: value for name, value in parameters.items() if is_trainable(name, config)}
     frozen = {name: value for name, value in parameters.items() if name not in trainable}
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     step_fn = jax.jit(make_train_step(graphdef, optimizer, config.loss))
     schedule, rates = make_schedule(config.optimizer, len(batches)), learning_rates(config.optimizer)
-    expected_rates = {"language_model", "projector"} if config.tune.language_model else {"projector"}
+    expected_rates = [module for module in rates if config.tune.trains(module)]
     for step, (batch, expected) in enumerate(zip(batches, record["steps"], strict=True)):
         state, metrics = step_fn(state, frozen, batch)
         ours = {float(schedule(step)) * rates[module] for module in expected_rates}
@@ -213,16 +265,28 @@ def _train(run: Path, config: Config, record: dict, parameters: dict, batches: l
             problem = f"learning rates {ours}, not {expected['lr_used_per_group']}"
         yield f"{run.name} step {step + 1}", problem
     final = load_safetensors(read_bytes(run / "final.safetensors"))
-    found = original_tensors(config.model, state.trainable)
-    before = original_tensors(config.model, parameters)
+    yield from _compare_finals(run.name, config, state.trainable, parameters, final, record)
+
+
+def _compare_finals(run: str, config: Config, trained: dict, parameters: dict, final: dict, record: dict):
+    found, before = (tensors_of(config.model, leaves) for leaves in (trained, parameters))
+    record = {
+        "unchanged": {our_name(name) for name in record["final_unchanged"]},
+        "whole": {our_name(k): v for k, v in (record.get("final_whole_tensor") or {}).items()},
+    }
+    special = re.compile(r"(.*?)((?:\.rows|\.row_numbers)?)")
+    renamed = {}
+    for name, tensor in final.items():
+        stem, suffix = special.fullmatch(name).groups()
+        renamed[name if name == "rows" else our_name(stem) + suffix] = tensor
     for name in sorted(found):
-        yield f"{run.name} {name}", _compare_final(name, found[name], before[name], final, record)
+        yield f"{run} {name}", _compare_final(name, found[name], before[name], renamed, record)
 
 
 def _compare_final(name: str, found: np.ndarray, before: np.ndarray, final: dict, record: dict) -> str | None:
-    if name in record["final_unchanged"]:
+    if name in record["unchanged"]:
         return None if np.array_equal(found, before) else "changed, but should not"
-    whole = record["final_whole_tensor"].get(name, {}) if record.get("final_whole_tensor") else {}
+    whole = record["whole"].get(name, {})
     if whole:
         change = np.linalg.norm((found.astype(np.float64) - before).ravel())
         if abs(change / whole["change_norm"] - 1) > 1e-3:
