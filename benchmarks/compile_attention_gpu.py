@@ -125,13 +125,11 @@ def compile_case(card: str, B: int, T: int, N: int, H: int, causal: bool) -> lis
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(do)
 
-    program = (
-        jax.jit(both).trace(tensor, tensor, tensor, tensor, segments).lower(lowering_platforms=("cuda",))
-    )
+    arguments = tensor, tensor, tensor, tensor, segments
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         with standard_error_in(Path(folder) / "stderr"):
-            program.compile()
+            jax.jit(both).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
         return [describe(path) for path in sorted(Path(folder).glob("*.ptx"))]
 
 

@@ -37,6 +37,8 @@ def flash_attention(
     segment_ids int[B, T] (T = S): packed examples as runs of equal ids; a query sees its own run only. 0 is
     padding, which sees nothing: its output and its gradients are 0.
 
+    Inside jax.shard_map it needs check_vma=False.
+
     interpret: run Pallas's interpreter on the CPU, with its detection of races (jax 0.11 or newer; slow).
 
     The output and what the backward pass needs of the softmax carry the checkpoint name "attention".
