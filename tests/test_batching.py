@@ -9,7 +9,7 @@ from llava_jax.data.batching import (
     bucket_length,
     collate,
     epoch_order,
-    process_rows,
+    rows_of_step,
     sample_ids,
     steps_per_epoch,
 )
@@ -42,10 +42,9 @@ def test_the_last_step_of_an_epoch_is_filled_with_empty_rows():
     ]
 
 
-def test_processes_take_neighbouring_rows_of_every_microbatch():
-    ids = np.arange(8)
+def test_processes_take_their_rows_of_every_microbatch():
     rows = [
-        process_rows(ids, accumulation_steps=2, process_index=i, process_count=2).tolist() for i in range(2)
+        rows_of_step(np.array(own), batch_size=8, accumulation_steps=2).tolist() for own in ([0, 1], [2, 3])
     ]
     assert rows == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
