@@ -19,7 +19,7 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError, StoppedError
 from llava_jax.interruption import StopRequest
 from llava_jax.metrics import MetricsLog
-from llava_jax.processes import from_first
+from llava_jax.processes import exchange, from_first
 from llava_jax.program import Program
 from llava_jax.recorder import Recorder
 from llava_jax.sharding import place_batch
@@ -78,11 +78,7 @@ def _train(
     start: Path | None,
 ) -> None:
     config = stage.config
-    sharding = program.parameter_sharding
-    checksums = {}
-    frozen = load(
-        weights, program.abstract_frozen(), jnp.dtype(config.train.frozen_dtype), sharding, checksums
-    )
+    frozen, checksums = _load_frozen(weights, program)
     meta = {"dataset": stage.pipeline.fingerprint, "frozen": checksums}
     if start:
         _check_meta(read_meta(start), meta, start)
@@ -99,12 +95,28 @@ def _train(
         if start:
             state = checkpoints.restore(start, program.abstract_state())
         else:
-            state = program.new_state(load(weights, program.abstract_trainable(), jnp.float32, sharding))
+            state = program.new_state(
+                load(weights, program.abstract_trainable(), jnp.float32, program.parameter_sharding)
+            )
         trainable = _run_steps(stage, program, state, frozen, checkpoints, meta, recorder, first_step)
     if stage.evaluation:
         parameters = trainable | frozen
         loss = _evaluation_loss(program, stage.evaluation, parameters, checkpoints.watchdog)
         recorder.log_evaluation(stage.num_steps, loss)
+
+
+def _load_frozen(weights: ModelSource, program: Program) -> tuple[dict[str, jax.Array], dict[str, int]]:
+    """The frozen parameters and their checksums. A checksum takes all of a parameter's bytes, so that several
+    processes share them out; of the others each reads what its devices hold."""
+    names, dtype = list(program.abstract_frozen()), jnp.dtype(program.config.train.frozen_dtype)
+    own = names[jax.process_index() :: jax.process_count()]
+    others = [name for name in names if name not in own]
+    checksums = {}
+    frozen = load(weights, own, dtype, program.parameter_sharding, checksums)
+    frozen |= load(weights, others, dtype, program.parameter_sharding)
+    for share in exchange("checksums of frozen weights", checksums, timeout=3600.0):
+        checksums |= share
+    return frozen, checksums
 
 
 def _run_steps(
