@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,12 @@ def main() -> None:
                 [plan for key, found in plans.items() if key[:2] == (size, stage) for plan in found]
             )
     text = table(plans)
+    crashes = [
+        kept["flags"] for kept in map(read, arguments.directory.glob("*.json")) if "crashed" in kept["plan"]
+    ]
+    if crashes:
+        lines = "\n".join(f"- `{' '.join(flags)}`" for flags in sorted(crashes))
+        text += f"\n\nThe compiler itself crashed on these, which therefore count as not fitting:\n\n{lines}"
     print(text)
     if arguments.write:
         page = PAGE.read_text()
@@ -96,10 +103,10 @@ def plan_slice(size: str, stage: str, topology: str, chips: int, directory: Path
 
 
 def run_plan(flags: list[str], directory: Path) -> dict:
-    """What `python -m llava_jax.plan` says, now or when it was asked before."""
+    """What `python -m llava_jax.plan` says, now or when it was asked before; {"crashed": True} of a compiler that died."""
     path = directory / (hashlib.sha256(" ".join(flags).encode()).hexdigest()[:16] + ".json")
     if path.exists():
-        return json.loads(path.read_text())["plan"]
+        return read(path)["plan"]
     print(*flags, file=sys.stderr, flush=True)
     result = subprocess.run(
         [sys.executable, "-m", "llava_jax.plan", *flags, "--json"],
@@ -107,13 +114,21 @@ def run_plan(flags: list[str], directory: Path) -> dict:
         stdout=subprocess.PIPE,
         text=True,
     )
-    if result.returncode not in (0, 16):
+    if result.returncode == -signal.SIGSEGV:
+        plan = {"fits": False, "crashed": True}
+    elif result.returncode in (0, 16):
+        plan = json.loads(result.stdout.splitlines()[-1])
+    else:
         sys.exit(f"The plan ended with {result.returncode}:\n{result.stdout}")
-    plan = json.loads(result.stdout.splitlines()[-1])
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"flags": flags, "plan": plan}, indent=1) + "\n")
     os.replace(temporary, path)
     return plan
+
+
+def read(path: Path) -> dict:
+    """What `run_plan` has kept."""
+    return json.loads(path.read_text())
 
 
 def require_even_state(plans: list[dict]) -> None:

@@ -282,6 +282,16 @@ def test_rows_that_cannot_be_spread_are_refused_with_what_would_do(here):
         make_plan(config, here, assume(config, Given(), ""))
 
 
+def test_a_missing_cudnn_is_answered_with_what_would_do(here, monkeypatch):
+    def train_step(program):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(Program, "train_step", train_step)
+    config = Config(data=DataConfig(batch_size=8))
+    with pytest.raises(ConfigError, match=r"--config\.train\.attention=xla.*with-cuda"):
+        make_plan(config, here, assume(config, Given(), ""))
+
+
 def test_search_takes_the_most_rows_that_fit_for_each_rematerialisation(here, monkeypatch):
     """4 rows per device at most; each needs 5 GiB with "none", 3 with "dots", 2 with "full", beside 2 for the state."""
     tried = []
