@@ -55,6 +55,7 @@ def advise(situation: Situation) -> list[Advice]:
     makers = (
         _memory_fraction,
         _frozen_dtype,
+        _zero,
         _shard_more,
         _accumulate,
         _recompute,
@@ -80,6 +81,22 @@ def _frozen_dtype(situation: Situation) -> Iterator[Advice]:
     if situation.config.train.frozen_dtype == "float32":
         saves = situation.arguments.frozen // 2
         yield Advice("--config.train.frozen_dtype=bfloat16", saves, "nothing if the computation is bfloat16")
+
+
+def _zero(situation: Situation) -> Iterator[Advice]:
+    shards = situation.config.mesh.fsdp
+    if shards == -1:
+        mesh = situation.config.mesh
+        shards = situation.num_devices // (mesh.data * mesh.tensor)
+    stage, sizes = situation.config.sharding.zero, situation.arguments
+    whole = {1: sizes.parameters + sizes.frozen + sizes.gradients, 2: sizes.parameters + sizes.frozen, 3: 0}[
+        stage
+    ]
+    yield Advice(
+        "--config.sharding.zero=3",
+        whole - whole // shards,
+        "parameters are gathered in every layer, in both passes",
+    )
 
 
 def _shard_more(situation: Situation) -> Iterator[Advice]:

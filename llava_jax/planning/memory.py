@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 
 from llava_jax.program import Program
+from llava_jax.sharding import gradient_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +29,22 @@ class Arguments:
 def arguments(program: Program, length: int, num_images: int) -> Arguments:
     """What the step of rows of that many tokens and image slots is given; nothing is allocated."""
     state = program.abstract_state()
-    parameters = _bytes_per_device(state.trainable.values())
     return Arguments(
-        parameters=parameters,
+        parameters=_bytes_per_device(state.trainable.values()),
         moments=_bytes_per_device(jax.tree.leaves(state.opt_state)),
         frozen=_bytes_per_device(program.abstract_frozen().values()),
         batch=_bytes_per_device(program.abstract_batch(length, num_images).values()),
-        gradients=parameters,  # one for each, which lies where the parameter does
+        gradients=_bytes_per_device(_gradients(program, state.trainable)),
     )
+
+
+def _gradients(
+    program: Program, trainable: dict[str, jax.ShapeDtypeStruct]
+) -> Iterator[jax.ShapeDtypeStruct]:
+    zero = program.config.sharding.zero
+    for name, leaf in trainable.items():
+        sharding = gradient_sharding(program.mesh, name, leaf.shape, zero=zero)
+        yield jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _bytes_per_device(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
