@@ -2,10 +2,10 @@
 
 Reproduces scripts/v1_5/finetune_lora.sh of the original: rank 128, alpha 256 and dropout 0.05 on all linear layers of
 the decoder, learning rate 2e-4, the projector at 2e-5, global batch 128, one epoch, images padded to square, template
-`v1`, steps grouped by modality and length. The original gives no hours of its own for it; its scores are those of full
-fine-tuning within a point (docs/MODEL_ZOO.md there).
+`v1`, steps grouped by modality and length. The original gives no hours of its own for it.
 
-Frozen weights are bfloat16 and have neither gradients nor moments: 7b needs about 20 GB where full fine-tuning needs 110.
+Frozen weights are bfloat16 and have neither gradients nor moments: weights, gradients and moments of 7b take 20 GB (320
+million parameters train) where full fine-tuning takes 110.
 The export is an adapter for the original's loader; "llava-hf" in its place writes the merged model.
 
 Needs, beside this directory or wherever the paths below point:

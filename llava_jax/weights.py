@@ -205,7 +205,9 @@ def run_stages(workdir: Path) -> dict[str, Config]:
         saved = json.loads((workdir / "config.json").read_text())
         return {name: from_json(Config, fields) for name, fields in saved["stages"].items()}
     except (KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{workdir / 'config.json'} is no run's settings ({error!r}).") from error
+        raise CheckpointError(
+            f"{workdir / 'config.json'} is no run's settings ({error!r}); name the directory of a training run."
+        ) from error
 
 
 def load(
