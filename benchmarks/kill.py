@@ -240,8 +240,9 @@ def measure(
                 process = start(partial(train, recipe, broken), log)
                 finished = wait(process, random_times.uniform(0.0, seconds))
             elif points:
-                process = start(partial(train, recipe, broken, *points[0]), log)
-                if not (finished := wait(process)):
+                anew = not broken.exists()
+                finished = wait(start(partial(train, recipe, broken, *points[0]), log))
+                if not finished or anew:  # else the run was too far to reach it
                     points.pop(0)
             else:
                 finished = wait(start(partial(train, recipe, broken), log))
@@ -280,7 +281,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=2, choices=(1, 2))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    points = [(point, count) for point in POINTS for count in (1, 4)] if args.points else []
+    points = [(point, count) for point in POINTS for count in (1, 2)] if args.points else []
     with tempfile.TemporaryDirectory() as scratch:
         try:
             result = measure(Path(scratch), args.kills, args.seed, points, args.stages)
