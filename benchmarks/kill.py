@@ -31,22 +31,23 @@ STEPS, SAVE_STEPS = 24, 3
 PRUNED = ".orbax-checkpoint-tmp"
 
 
-def make_recipe(scratch: Path) -> Recipe:
-    """The quickstart's two last stages on 80 pictures, two epochs long and saved often."""
+def make_recipe(scratch: Path, num_stages: int = 2) -> Recipe:
+    """The quickstart's last two stages, or the first of them, on 80 pictures, about two epochs long and saved often."""
     dataset = scratch / "dataset"
     prepare(str(dataset), num_train=80, num_dev=2, num_test=2)
     config = quickstart.get_config()
     config.prepare = None
     config.init.tokenizer = f"{dataset}/tokenizer.model"
     config.evaluate.path = config.export.layout = ""
-    config.stage_order = ("pretrain", "finetune")
-    del config.stages["towers"]
+    config.stages.finetune.train.accumulation_steps = 2
+    config.stage_order = ("pretrain", "finetune")[:num_stages]
+    for name in set(config.stages) - set(config.stage_order):
+        del config.stages[name]
     for name, stage in config.stages.items():
         stage.data.update(path=f"{dataset}/{name}.json", image_folder=f"{dataset}/images", cache_dir="")
         stage.data.update(batch_size=8)
         stage.train.update(max_steps=STEPS, log_steps=1)
         stage.checkpoint.save_steps = SAVE_STEPS
-    config.stages.finetune.train.accumulation_steps = 2
     return parse(config)
 
 
@@ -212,12 +213,14 @@ def differences(recipe: Recipe, whole: Path, broken: Path) -> int:
     return len(steps) + sum(weights[0][stage] != weights[1][stage] for stage in recipe.stages)
 
 
-def measure(scratch: Path, num_kills: int, seed: int, points: list[tuple[str, int]]) -> dict:
+def measure(
+    scratch: Path, num_kills: int, seed: int, points: list[tuple[str, int]], num_stages: int = 2
+) -> dict:
     """Kills at `num_kills` random times, then at each of `points`; every broken run goes on until it is finished."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(scratch / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    recipe = make_recipe(scratch)
+    recipe = make_recipe(scratch, num_stages)
     log = scratch / "log.txt"
     whole = scratch / "whole"
     wait(start(partial(train, recipe, whole), log))  # fills the compilation cache
@@ -237,8 +240,9 @@ def measure(scratch: Path, num_kills: int, seed: int, points: list[tuple[str, in
                 process = start(partial(train, recipe, broken), log)
                 finished = wait(process, random_times.uniform(0.0, seconds))
             elif points:
-                process = start(partial(train, recipe, broken, *points[0]), log)
-                if not (finished := wait(process)):
+                anew = not broken.exists()
+                finished = wait(start(partial(train, recipe, broken, *points[0]), log))
+                if not finished or anew:  # else the run was too far to reach it
                     points.pop(0)
             else:
                 finished = wait(start(partial(train, recipe, broken), log))
@@ -274,12 +278,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--points", action="store_true", help="then also at each named point of a save")
+    parser.add_argument("--stages", type=int, default=2, choices=(1, 2))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    points = [(point, count) for point in POINTS for count in (1, 4)] if args.points else []
+    points = [(point, count) for point in POINTS for count in (1, 2)] if args.points else []
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            result = measure(Path(scratch), args.kills, args.seed, points)
+            result = measure(Path(scratch), args.kills, args.seed, points, args.stages)
         except RuntimeError:
             print((Path(scratch) / "log.txt").read_text()[-3000:], file=sys.stderr)
             raise

@@ -49,7 +49,7 @@ def assert_same(whole: Path, broken: Path, stages=("",)) -> None:
         assert all(np.array_equal(weights[name], value) for name, value in parameters(whole, stage).items())
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_continues_from_every_step_with_the_same_bits(
     tiny_recipe, shapes_dataset, tmp_path, compiled_once, accumulation
 ):
@@ -177,6 +177,7 @@ def test_too_many_such_steps_in_a_row_end_the_run_and_name_their_samples(tiny_re
     assert saved_steps(tmp_path / "checkpoints")[-1] == 2
 
 
+@pytest.mark.slow  # the parts are in test_checkpoint.py
 def test_a_full_disk_does_not_stop_training(tiny_recipe, tmp_path, monkeypatch, capsys):
     def fail(directory):
         if len(failures) < 2:
@@ -213,6 +214,7 @@ def test_overwrite_output_dir_starts_the_stage_and_those_after_it_anew(tiny_reci
     assert after[3]["learning_rate"] == pytest.approx(2 * before[3]["learning_rate"])
 
 
+@pytest.mark.slow  # the parts are in test_checkpoint.py
 def test_save_every_minutes_saves_besides(tiny_recipe, tmp_path, monkeypatch):
     tiny_recipe.train.max_steps = 2
     steps = []
