@@ -76,7 +76,17 @@ def stop_at_once(number: int) -> None:
     )
 
 
+_farewells: list[Callable[[int, str], None]] = []
+
+
+def before_end(farewell: Callable[[int, str], None]) -> None:
+    """Calls farewell(exit code, message) before a signal ends the process."""
+    _farewells.append(farewell)
+
+
 def end_process(message: str, exit_code: int) -> None:
-    """Ends the process without waiting for anything."""
+    """Ends the process without waiting for anything it computes."""
     print(f"\n{message}", file=sys.stderr, flush=True)
+    for farewell in _farewells:
+        farewell(exit_code, message)
     os._exit(exit_code)

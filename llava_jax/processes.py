@@ -21,6 +21,7 @@ from typing import NoReturn
 import jax
 
 from llava_jax.errors import ConfigError, HangError, StoppedError, UserError
+from llava_jax.interruption import before_end
 
 _BEAT = 5.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one after which a process counts as dead
@@ -40,6 +41,8 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
         raise ConfigError(
             "--coordinator, --num_processes and --process_id go together; set all three or none."
         )
+    # Its handler would swallow the SIGTERM that asks for a checkpoint (llava_jax/interruption.py).
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator or None, num_processes, process_id)
     except ValueError as error:
@@ -58,6 +61,7 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
         ) from error
     if jax.process_count() > 1:
         _Watcher().start()
+        before_end(_tell)
 
 
 def is_first() -> bool:
@@ -216,25 +220,28 @@ class _Watcher(threading.Thread):
 
 def _end(process: int, exit_code: int, message: str) -> NoReturn:
     """Ends this process, and with it all others, because of what happened on `process`."""
-    own = jax.process_index()
-    print(
-        f"error: {message}" if process == own else f"error: process {process}: {message}",
-        file=sys.stderr,
-        flush=True,
-    )
-    client, others = _client(), set(range(jax.process_count())) - {own, process}
+    own = process == jax.process_index()
+    print(f"error: {'' if own else f'process {process}: '}{message}", file=sys.stderr, flush=True)
+    _tell(exit_code, message, process)
+    os._exit(exit_code)  # other threads may wait for a collective operation that never ends
+
+
+def _tell(exit_code: int, message: str, process: int | None = None) -> None:
+    """Makes the other processes end in the same way, because of what happened on `process` (None: on this one).
+
+    Process 0 waits a moment for them: whoever asks it when it is gone is aborted by JAX.
+    """
+    client, own = _client(), jax.process_index()
+    process = own if process is None else process
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # the others may be gone already
         told = json.dumps([process, exit_code, message])
         client.key_value_set(f"{_ENDED}/{own}", told, allow_overwrite=True)
+        others = set(range(jax.process_count())) - {own, process}
         until = time.monotonic() + 3 * _BEAT
-        while (
-            own == 0 and time.monotonic() < until
-        ):  # whoever asks process 0 when it is gone is aborted by JAX
-            ended = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(_ENDED)}
-            if ended >= others:
+        while own == 0 and time.monotonic() < until:
+            if {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(_ENDED)} >= others:
                 break
             time.sleep(0.1)
-    os._exit(exit_code)  # other threads may wait for a collective operation that never ends
 
 
 def _first_line(error: Exception) -> str:
