@@ -1,7 +1,9 @@
 """Training state on disk: orbax checkpoints of what trains, none of which is used before its digests are checked."""
 
 import dataclasses
+import itertools
 import json
+import re
 import shutil
 import sys
 import time
@@ -36,6 +38,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, config: CheckpointConfig, watchdog: Watchdog):
         self.directory = directory.absolute()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.directory} cannot hold checkpoints ({error.strerror}); move what is there, or choose another "
+                "--workdir."
+            ) from error
         self.config = config
         self.watchdog = watchdog
         self.is_first = jax.process_index() == 0
@@ -49,8 +58,8 @@ class Checkpoints:
         """The checkpoint that a stage of `num_steps` continues; None: it starts anew.
 
         That is the newest good one from which training can go on, or what `resume_from_checkpoint` names, until the
-        run has saved checkpoints that descend from it. Newer ones, damaged or not, are set aside. Raises
-        CheckpointError if there are checkpoints, but none to continue from.
+        run has saved checkpoints that descend from it. Raises CheckpointError if there are checkpoints, but none to
+        continue from.
         """
         asked = self.config.resume_from_checkpoint
         own = self._newest(num_steps)
@@ -60,10 +69,26 @@ class Checkpoints:
             raise self._nothing_to_continue()
         else:
             start = own
-        if start:
-            foreign = start.parent != self.directory
-            self._set_aside([s for s in saved_steps(self.directory) if foreign or s > int(start.name)])
+        if start is None and self.is_first and (self.directory / _SET_ASIDE).exists():
+            _tell(
+                f"{self.directory / _SET_ASIDE} holds checkpoints, but this starts anew; to go on from one of them name it "
+                "in checkpoint.resume_from_checkpoint."
+            )
         return start
+
+    def set_aside_after(self, start: Path) -> None:
+        """Moves checkpoints, damaged or not, out of the way of those that will be saved; none is deleted."""
+        foreign = start.parent != self.directory
+        steps = [step for step in saved_steps(self.directory) if foreign or step > int(start.name)]
+        if not (steps and self.is_first):
+            return
+        aside = self.directory / _SET_ASIDE
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            (self.directory / str(step)).rename(_free_name(aside / str(step)))
+        _tell(
+            f"checkpoints {', '.join(map(str, steps))} are now in {aside}; delete them when nobody needs them."
+        )
 
     def is_due(self) -> bool:
         """Whether `save_every_minutes` have passed since the last save, or since this last said so."""
@@ -129,7 +154,11 @@ class Checkpoints:
             with self.watchdog.waiting(f"checkpoint {path}"), ocp.Checkpointer(handler) as checkpointer:
                 return checkpointer.restore(path / "state", args=args)
         except Exception as error:
-            raise _unreadable(path, error) from error
+            raise CheckpointError(
+                f"The checkpoint {path} cannot be continued: {_reason(error)} Its files are whole, so it was made with "
+                "other settings (of the model, the optimizer, or what trains). Use those, or start a new run from it "
+                "with init.model."
+            ) from error
 
     def _make_checkpointer(self) -> ocp.AsyncCheckpointer:
         # Orbax calls the callback on the first process when all files are there, before it renames their directory.
@@ -190,9 +219,9 @@ class Checkpoints:
 
     def _named(self, asked: str, num_steps: int) -> Path:
         """The checkpoint that `resume_from_checkpoint` asks for."""
-        path = self.directory / asked if asked.isdecimal() else Path(asked).absolute()
+        path = self.directory / asked if _is_step(asked) else Path(asked).absolute()
         key = f"checkpoint.resume_from_checkpoint={asked}"
-        if not (path.name.isdecimal() and path.is_dir()):
+        if not (_is_step(path.name.partition(".")[0]) and path.is_dir()):
             raise CheckpointError(
                 f"{key}: {path} is no checkpoint; name one of a run's checkpoints/[STAGE/]STEP."
             )
@@ -226,25 +255,12 @@ class Checkpoints:
                 return damage or "another process found which file"
         return damage
 
-    def _set_aside(self, steps: list[int]) -> None:
-        """Moves checkpoints out of the way of those that will be saved; nothing that may be wanted is deleted."""
-        if not (steps and self.is_first):
-            return
-        aside = self.directory / _SET_ASIDE
-        aside.mkdir(exist_ok=True)
-        for step in steps:
-            shutil.rmtree(aside / str(step), ignore_errors=True)  # of an earlier time
-            (self.directory / str(step)).rename(aside / str(step))
-        _tell(
-            f"checkpoints {', '.join(map(str, steps))} are now in {aside}; delete them when nobody needs them."
-        )
-
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps of complete checkpoints, damaged or not, in ascending order."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in directory.iterdir() if _is_step(path.name) and path.is_dir())
 
 
 def verified_steps(directory: Path) -> Iterator[int]:
@@ -268,6 +284,19 @@ def _verified(directory: Path, find_damage: Callable[[Path], str | None]) -> Ite
             yield step
 
 
+def _is_step(name: str) -> bool:
+    """Whether a directory of this name is a checkpoint: copies have other names, 0020 among them."""
+    return re.fullmatch("0|[1-9][0-9]*", name) is not None
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or with a number behind its name where there is something already."""
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    )
+    return next(name for name in names if not name.exists())
+
+
 def _as_dict(state: TrainState) -> dict:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
@@ -276,12 +305,18 @@ def _tell(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+_CAUSES = "No space left on device|File too large|Disk quota exceeded|Read-only file system|Permission denied"
+
+
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """The first line of what went wrong, and the system's word for it, which may stand far behind."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    cause = re.search(_CAUSES, str(error))
+    return f"{cause[0]}: {line}" if cause and cause[0] not in line else line
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"The checkpoint {path} cannot be read: {_reason(error)} "
-        "Delete that directory to continue from the one before it, or from the start if there is none."
+        "Put back what is missing, or move that directory away to continue from the one before it."
     )

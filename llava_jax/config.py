@@ -538,7 +538,8 @@ class CheckpointConfig:
 
     def __post_init__(self):
         require(
-            0 < self.save_steps < 1 or (self.save_steps >= 1 and self.save_steps == int(self.save_steps)),
+            0 < self.save_steps < 1
+            or (1 <= self.save_steps < math.inf and self.save_steps == int(self.save_steps)),
             f"checkpoint.save_steps={self.save_steps:g} is a number of steps, or a share of the stage between 0 and 1.",
         )
         for key in ("save_every_minutes", "save_total_limit"):

@@ -25,11 +25,14 @@ class MetricsLog:
     def rows(self) -> list[dict]:
         """All rows; what a dying process wrote of a last one is left out."""
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
         return rows
 
     def forget_after(self, stage: str, step: int) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -41,6 +42,8 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
         raise ConfigError(
             "--coordinator, --num_processes and --process_id go together; set all three or none."
         )
+    if coordinator and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
+        raise ConfigError(f"--coordinator={coordinator} should be HOST:PORT, like 10.0.0.2:8476.")
     # Its handler would swallow the SIGTERM that asks for a checkpoint (llava_jax/interruption.py).
     jax.config.update("jax_enable_preemption_service", False)
     try:

@@ -83,7 +83,6 @@ def _train(
     if start:
         _check_meta(read_meta(start), meta, start)
     first_step = int(start.name) if start else 0
-    log.forget_after(stage.name, first_step)
     for pipeline in filter(None, (stage.pipeline, stage.evaluation)):
         pipeline.bad_samples.write()
     recorder = Recorder(
@@ -94,10 +93,12 @@ def _train(
     else:
         if start:
             state = checkpoints.restore(start, program.abstract_state())
+            checkpoints.set_aside_after(start)
         else:
             state = program.new_state(
                 load(weights, program.abstract_trainable(), jnp.float32, program.parameter_sharding)
             )
+        log.forget_after(stage.name, first_step)
         trainable = _run_steps(stage, program, state, frozen, checkpoints, meta, recorder, first_step)
     if stage.evaluation:
         parameters = trainable | frozen

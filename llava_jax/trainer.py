@@ -1,6 +1,7 @@
 """Runs a recipe: its stages in order, then evaluation, export and the report."""
 
 import contextlib
+import secrets
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +23,7 @@ from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.planning.out_of_memory import explain_out_of_memory
-from llava_jax.processes import agree, code_version, is_first, together, wait_for_all
+from llava_jax.processes import agree, code_version, from_first, is_first, together, wait_for_all
 from llava_jax.recipe import Recipe
 from llava_jax.run_adapter import check_adapter, open_run_adapter
 from llava_jax.run_directory import flatten, open_run_directory
@@ -97,12 +98,19 @@ def _open_run_directory(recipe: Recipe, workdir: Path) -> Iterator[None]:
         with together("opening the run directory"):
             if is_first():
                 held.enter_context(open_run_directory(recipe, workdir))
+        token = from_first("the run directory's token", secrets.token_hex())
+        seen = workdir / ".seen"
+        with together("writing into the run directory"):
+            if is_first():
+                seen.write_text(token)
         with together("looking for the run directory"):
-            if not (workdir / "config.json").exists():
+            if not seen.exists() or seen.read_text() != token:
                 raise ConfigError(
-                    f"{workdir} is not the directory that process 0 has made under this name; --workdir must lie on storage "
-                    "that all hosts share (NFS, Filestore, a mounted bucket)."
+                    f"{workdir} is not the directory that process 0 has opened under this name; --workdir must lie on "
+                    "storage that all hosts share (NFS, Filestore, a mounted bucket)."
                 )
+        if is_first():
+            seen.unlink()
         yield
 
 

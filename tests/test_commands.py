@@ -121,7 +121,11 @@ def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
         (["--config.optimizer.learning_rate=1e-5"], 10, "it may be stages.NAME.optimizer"),
         (["--config.stages.finetune.data.template=v9"], 10, "data.template='v9' is not one of"),
         (["--config.lr=1"], 10, "no setting 'lr' there"),
-        (["--config.stages.finetune.train.learning_rate=1"], 10, "Did you mean --config.optimizer.learning_rate?"),
+        (
+            ["--config.stages.finetune.train.learning_rate=1"],
+            10,
+            "Did you mean --config.optimizer.learning_rate?",
+        ),
         (["extra"], 10, "Unexpected argument 'extra'"),
         (["--config.init.model=/nowhere"], 10, "init.model=/nowhere does not exist"),
         (["--workdir=/proc/run"], 12, "/proc/run cannot be written"),

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file as load_numpy
 
 from llava_jax.config import ModelConfig
 from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.new_directory import new_directory
 from llava_jax.convert.opening import open_model, open_parts
 from llava_jax.convert.ours import write_model
 from tests.tiny_models import assert_same_leaves, copy_with, export, save_clip, save_llava
@@ -172,12 +173,58 @@ def test_what_a_killed_write_left_is_no_model_and_no_obstacle(llava_hf, tmp_path
     with pytest.raises(Interrupted):
         export(failing_source(llava_hf, 7), tmp_path / "hf", "llava-hf")
     monkeypatch.undo()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf.incomplete", "ours.incomplete"]
+    left = ["hf.incomplete", "hf.incomplete.lock", "ours.incomplete", "ours.incomplete.lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     for name in ("ours.incomplete", "hf.incomplete"):
         with pytest.raises(ConversionError):
             open_model(tmp_path / name)
     write_model(tmp_path / "ours", open_model(llava_hf))
     assert_same_leaves(open_model(tmp_path / "ours"), open_model(llava_hf))
+
+
+def test_a_directory_that_no_write_has_left_is_never_removed(llava_hf, tmp_path):
+    (tmp_path / "ours.incomplete").mkdir()
+    (tmp_path / "ours.incomplete/notes.txt").write_text("keep")
+    with pytest.raises(ConversionError, match=r"ours\.incomplete is in the way"):
+        write_model(tmp_path / "ours", open_model(llava_hf))
+    shutil.copytree(llava_hf, tmp_path / "x.incomplete")
+    with pytest.raises(ConversionError, match="in the way"):
+        write_model(tmp_path / "x", open_model(tmp_path / "x.incomplete"))
+    assert (tmp_path / "ours.incomplete/notes.txt").read_text() == "keep"
+    assert_same_leaves(open_model(tmp_path / "x.incomplete"), open_model(llava_hf))
+
+
+def test_two_writes_of_one_directory_do_not_meet(llava_hf, tmp_path):
+    with new_directory(tmp_path / "new") as partial:
+        (partial / "mine").write_text("mine")
+        with pytest.raises(ConversionError, match="Another process is writing"):
+            write_model(tmp_path / "new", open_model(llava_hf))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("new")] == ["new"]
+    assert (tmp_path / "new/mine").read_text() == "mine"
+
+
+def test_a_destination_may_be_a_link_to_an_empty_directory(llava_hf, tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large_disk")
+    write_model(tmp_path / "link", open_model(llava_hf))
+    assert_same_leaves(open_model(tmp_path / "large_disk"), open_model(llava_hf))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("text_config", "x"),
+        ("vision_config", -1),
+        ("image_token_index", None),
+        ("vision_feature_select_strategy", []),
+    ],
+)
+def test_settings_of_another_kind_are_told_by_file(llava_hf, tmp_path, key, value):
+    shutil.copytree(llava_hf, tmp_path / "odd")
+    file = tmp_path / "odd/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ConversionError, match=r"odd/config\.json"):
+        open_model(tmp_path / "odd")
 
 
 def test_a_destination_with_content_is_refused(llava_hf, tmp_path):

@@ -132,10 +132,17 @@ def _target_modules(adapter: TrainedAdapter, rows: list[Row], wrapped: str) -> l
 def _modules_to_save(adapter: TrainedAdapter, rows: list[Row], wrapped: str) -> list[str] | None:
     """The layers that take the place of the base's. Raises ConversionError for a part of a layer."""
     tensors = {tensor for row in rows if row.leaf in adapter.replaced for tensor in row.tensors}
+    if {"language_model.embed_tokens.embedding", "language_model.lm_head.kernel"} & adapter.replaced.keys():
+        raise ConversionError(
+            "Embeddings or a head that were trained whole cannot go into an adapter for llava-hf: its models have rows that "
+            "ours have not, and PEFT takes whole layers only. Choose the layout 'peft', or merge it (layout llava-hf)."
+        )
     biases = {t for row in rows if _is_bias_of_adapted(row.leaf, adapter) for t in row.tensors}
     if adapter.lora.bias == "all":
         biases |= {tensor for tensor in tensors if tensor.endswith(".bias")}
     modules = {tensor.rpartition(".")[0] for tensor in tensors - biases}
+    # PEFT copies what a module holds, so that those within another that is listed must not be listed again.
+    modules = {m for m in modules if not any(m.startswith(f"{other}.") for other in modules)}
     for row in rows:
         for tensor in row.tensors:
             if tensor.rpartition(".")[0] in modules and tensor not in tensors:

@@ -1,6 +1,9 @@
 """Reads JSON files that others wrote."""
 
+import contextlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from llava_jax.convert.errors import ConversionError
@@ -19,6 +22,19 @@ def read_json(path: Path) -> dict:
     if not isinstance(fields, dict):
         raise ConversionError(f"{path} should hold a JSON object, not a {type(fields).__name__}.")
     return fields
+
+
+@contextlib.contextmanager
+def of_right_kinds(path: Path) -> Iterator[None]:
+    """What fails in the block because a value of this JSON file is of another kind than it should be, or is missing,
+    is a ConversionError."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, IndexError, OverflowError, re.error) as error:
+        raise ConversionError(
+            f"{path} holds a value of another kind than it should ({type(error).__name__}: {error}); fetch or write it "
+            "again."
+        ) from error
 
 
 def repeated_keys(text: str) -> list[str]:

@@ -207,7 +207,8 @@ def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str)
     """
     if model.text.attention_bias == "qkv":
         raise ConversionError(
-            "The original LLaVA has no decoder with biases in its attention (Qwen2); use --layout=llava-hf."
+            "The original LLaVA has no decoder with biases in its attention (Qwen2); choose the layout llava-hf, "
+            "or peft-llava-hf for an adapter."
         )
     tower = next((name for name, config in PUBLISHED_TOWERS.items() if config == model.vision), "")
     return {

@@ -1,6 +1,7 @@
 """Writes a directory so that it either exists complete or not at all."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import threading
@@ -16,28 +17,62 @@ def new_directory(destination) -> Iterator[Path]:
     """Yields a directory to fill, named `destination` plus ".incomplete", and renames it at the end.
 
     The name appears only when all its files are on the disk, so that not even a power cut leaves a directory
-    that looks complete. What an interrupted write left behind is removed by the next one. An existing
-    `destination` is refused unless it is an empty directory.
+    that looks complete. What an interrupted write left behind is removed by the next one. Raises ConversionError
+    if `destination` is there and no empty directory, if another process is writing it, or if something that no
+    write has left is in the way.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = Path(os.path.realpath(destination))
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(
             f"{destination} exists and is not an empty directory; remove it or choose another name."
         )
     partial = destination.with_name(destination.name + ".incomplete")
-    _remove(partial)
-    partial.mkdir(parents=True)
+    with _claimed(partial):
+        partial.mkdir()
+        try:
+            with _written_early(partial):
+                yield partial
+            for folder, _, files in os.walk(partial):
+                for path in [*(os.path.join(folder, name) for name in files), folder]:
+                    _synchronise(path)
+            os.rename(partial, destination)
+            _synchronise(destination.parent)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+@contextlib.contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """Sees to it that nothing lies at `partial` and no other process writes there.
+
+    A file beside it, locked as long as its writer lives, tells that what lies there is only an interrupted write.
+    """
+    claim = partial.with_name(f"{partial.name}.lock")
+    if os.path.lexists(partial) and not claim.exists():
+        raise ConversionError(
+            f"{partial} is in the way, and no interrupted conversion has left it; move it or choose another name."
+        )
     try:
-        with _written_early(partial):
-            yield partial
-        for folder, _, files in os.walk(partial):
-            for path in [*(os.path.join(folder, name) for name in files), folder]:
-                _synchronise(path)
-        os.rename(partial, destination)
-        _synchronise(destination.parent)
-    except BaseException:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = claim.open("a")
+    except OSError as error:
+        raise ConversionError(
+            f"Nothing can be written in {partial.parent} ({error.strerror}); choose another place."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConversionError(
+                f"Another process is writing {partial}; wait for it, or choose another name."
+            ) from error
         _remove(partial)
-        raise
+        try:
+            yield
+        finally:
+            if not partial.exists():
+                claim.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

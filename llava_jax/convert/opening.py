@@ -8,6 +8,7 @@ from llava_jax.convert import layouts, ours
 from llava_jax.convert.adapters import Adapter, is_adapter, open_adapter
 from llava_jax.convert.download import fetch
 from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.json_files import of_right_kinds
 from llava_jax.convert.merging import merge
 from llava_jax.convert.names import PROJECTOR
 from llava_jax.convert.reading import Reading
@@ -24,11 +25,12 @@ def open_model(path, *, vision_tower="", needs_tower=True) -> ModelSource:
     """
     path = fetch(path)
     if is_adapter(path):
-        adapter = open_adapter(path)
+        with of_right_kinds(path / "adapter_config.json"):
+            adapter = open_adapter(path)
         return merge(_base_of(adapter, vision_tower), adapter, vision_tower=vision_tower)
-    if ours.is_ours(path):
-        return ours.open_ours(path)
-    reading = layouts.read_layout(path, vision_tower)
+    reading = read_model(path, vision_tower=vision_tower)
+    if isinstance(reading, ModelSource):
+        return reading
     return (reading if needs_tower else dataclasses.replace(reading, lacks="")).source()
 
 
@@ -37,8 +39,10 @@ def read_model(path, *, vision_tower="") -> Reading | Adapter | ModelSource:
     config.json files that cannot be read."""
     path = fetch(path)
     if is_adapter(path):
-        return open_adapter(path)
-    return ours.open_ours(path) if ours.is_ours(path) else layouts.read_layout(path, vision_tower)
+        with of_right_kinds(path / "adapter_config.json"):
+            return open_adapter(path)
+    with of_right_kinds(path / "config.json"):
+        return ours.open_ours(path) if ours.is_ours(path) else layouts.read_layout(path, vision_tower)
 
 
 def open_projector(path) -> ModelSource:

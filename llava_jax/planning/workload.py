@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from llava_jax.config import Config, ModelConfig
+from llava_jax.config import Config, ModelConfig, require
 from llava_jax.data.batching import bucket_images, bucket_length
 from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
@@ -78,9 +78,17 @@ def assume(config: Config, given: Given, why: str) -> Workload:
         num_images = data.max_images_per_row or math.ceil(length / sample * _tiles(config))
         per_row = length / sample
     else:
+        require(
+            (given.tokens or 0) <= data.max_length,
+            f"--tokens={given.tokens} is more than data.max_length={data.max_length}, to which samples are cut; raise that.",
+        )
         length = bucket_length(given.tokens or data.max_length, data.max_length)
         num_images, per_row = _tiles(config), 1
     if given.images is not None:
+        require(
+            given.images * features < length,
+            f"--images={given.images} of {features} tokens each do not fit a row of {length} tokens; raise --tokens.",
+        )
         num_images = given.images if data.packing else bucket_images(given.images)
     num_text = max(0, length - num_images * features)
     pairs = per_row * causal_pairs(length / per_row)
