@@ -79,7 +79,7 @@ class Checkpoints:
     def set_aside_after(self, start: Path) -> None:
         """Moves checkpoints, damaged or not, out of the way of those that will be saved; none is deleted."""
         foreign = start.parent != self.directory
-        steps = [step for step in saved_steps(self.directory) if foreign or step > int(start.name)]
+        steps = [step for step in saved_steps(self.directory) if foreign or step > step_of(start)]
         if not (steps and self.is_first):
             return
         aside = self.directory / _SET_ASIDE
@@ -227,7 +227,7 @@ class Checkpoints:
             )
         if damage := self._find_damage(path):
             raise CheckpointError(f"{key} is damaged: {damage}. Name another one.")
-        if not read_meta(path)["optimizer"] or int(path.name) > num_steps:
+        if not read_meta(path)["optimizer"] or step_of(path) > num_steps:
             raise CheckpointError(
                 f"{key} cannot be continued: it "
                 + (
@@ -261,6 +261,11 @@ def saved_steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if _is_step(path.name) and path.is_dir())
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, be it one that was set aside under a longer name."""
+    return int(path.name.partition(".")[0])
 
 
 def verified_steps(directory: Path) -> Iterator[int]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.agreement import Agreement
-from llava_jax.checkpoint import Checkpoints, read_meta
+from llava_jax.checkpoint import Checkpoints, read_meta, step_of
 from llava_jax.config import Config
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
@@ -59,9 +59,9 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
         evaluated = from_first(
             "is evaluated", stage.evaluation is None or "eval_loss" in _results(stage, log)
         )
-        if not (start and evaluated and int(start.name) == stage.num_steps):
+        if not (start and evaluated and step_of(start) == stage.num_steps):
             program = Program(stage.config, mesh, stage.num_steps)
-            _print_plan(stage, program, int(start.name) if start else None)
+            _print_plan(stage, program, step_of(start) if start else None)
             _train(stage, program, before_stage(weights, stage.config), log, checkpoints, start)
     finally:
         checkpoints.close()
@@ -82,7 +82,7 @@ def _train(
     meta = {"dataset": stage.pipeline.fingerprint, "frozen": checksums}
     if start:
         _check_meta(read_meta(start), meta, start)
-    first_step = int(start.name) if start else 0
+    first_step = step_of(start) if start else 0
     for pipeline in filter(None, (stage.pipeline, stage.evaluation)):
         pipeline.bad_samples.write()
     recorder = Recorder(

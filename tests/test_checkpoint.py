@@ -27,8 +27,12 @@ def save_steps(directory, *steps, **settings) -> None:
 
 
 def starting_point(directory, num_steps=100, **settings) -> Path | None:
+    """Where a stage starts, what is newer set aside."""
     with contextlib.closing(open_checkpoints(directory, **settings)) as checkpoints:
-        return checkpoints.starting_point(num_steps)
+        start = checkpoints.starting_point(num_steps)
+        if start:
+            checkpoints.set_aside_after(start)
+        return start
 
 
 def array_file(path: Path) -> Path:
@@ -173,6 +177,28 @@ def test_resume_from_checkpoint_goes_back_once(tmp_path):
     save_steps(tmp_path, 2, resume_from_checkpoint="1")
     assert read_meta(tmp_path / "2")["resumed_from"] == "1"
     assert starting_point(tmp_path, resume_from_checkpoint="1") == tmp_path / "2"
+
+
+def test_what_was_set_aside_is_never_replaced(tmp_path):
+    for _ in range(2):
+        save_steps(tmp_path, 1, 2, save_total_limit=None)
+        assert starting_point(tmp_path, resume_from_checkpoint="1") == tmp_path / "1"
+    assert sorted(path.name for path in (tmp_path / "set_aside").iterdir()) == ["2", "2.2"]
+    asked = str(tmp_path / "set_aside/2.2")
+    assert starting_point(tmp_path, resume_from_checkpoint=asked) == tmp_path / "set_aside/2.2"
+    assert sorted(path.name for path in (tmp_path / "set_aside").iterdir()) == ["1", "2", "2.2"]
+
+
+def test_copies_under_other_names_are_no_checkpoints(tmp_path):
+    save_steps(tmp_path, 1)
+    (tmp_path / "1").rename(tmp_path / "0001")
+    assert saved_steps(tmp_path) == []
+
+
+def test_a_file_in_the_place_of_the_checkpoints_is_told_before_training(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match="cannot hold checkpoints"):
+        open_checkpoints(tmp_path / "checkpoints")
 
 
 def test_resume_from_checkpoint_takes_another_runs_until_there_are_own(tmp_path):
