@@ -45,10 +45,25 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         if "--debug" in argv:
             raise
-        _fail(f"{_summary(error)} (--help lists the flags, docs/recipes.md the settings.)", 10)
+        _fail(
+            f"{_known_flag(error) or _summary(error)} (--help lists the flags, docs/recipes.md the settings.)",
+            10,
+        )
     if len(rest) > 1:
         _fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 10)
     return rest
+
+
+def _known_flag(error: Exception) -> str | None:
+    """The answer to a flag that is another trainer's."""
+    from llava_jax.known_names import explain
+
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return None
+    answer = explain(error.flagname)
+    return (
+        answer and f"There is no flag --{error.flagname}. {answer} Settings are written --config.KEY=VALUE."
+    )
 
 
 def _summary(error: Exception) -> str:
@@ -68,9 +83,12 @@ def _summary(error: Exception) -> str:
 
 def _no_setting(key: str) -> str:
     from llava_jax.config import keys_like
+    from llava_jax.known_names import explain
 
     near = keys_like(key)
     hint = f" Did you mean --config.{near[0]}?" if near else ""
+    if elsewhere := explain(key):
+        hint = f" {elsewhere}"
     return f"The recipe has no setting {key!r} there.{hint} In a recipe of several stages it may be stages.NAME.{key}."
 
 

@@ -35,6 +35,7 @@ FLOORS = (
     (
         "__init__",
         "errors",
+        "known_names",
         "config",
         "recipe",
         "tuning",
