@@ -87,7 +87,7 @@ def _no_setting(key: str) -> str:
 
     near = keys_like(key)
     hint = f" Did you mean --config.{near[0]}?" if near else ""
-    if elsewhere := explain(key):
+    if not any(full.endswith(f".{key}") for full in near) and (elsewhere := explain(key)):
         hint = f" {elsewhere}"
     return f"The recipe has no setting {key!r} there.{hint} In a recipe of several stages it may be stages.NAME.{key}."
 
