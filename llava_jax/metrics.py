@@ -163,8 +163,8 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def plot_loss(rows: list[dict], path: Path) -> None:
-    """Draws the loss over steps, one panel per stage, raw and smoothed."""
+def plot_loss(rows: list[dict], path: Path, *, key: str = "loss") -> None:
+    """Draws a loss over steps, one panel per stage, raw and smoothed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -173,13 +173,13 @@ def plot_loss(rows: list[dict], path: Path) -> None:
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), squeeze=False)
     for stage, axis in zip(stages, axes[0], strict=True):
-        mine = [row for row in rows if row.get("stage", "") == stage and row.get("loss") is not None]
-        if not mine:  # every step was skipped
+        mine = [row for row in rows if row.get("stage", "") == stage and row.get(key) is not None]
+        if not mine:  # every step was skipped, or nothing evaluated
             continue
-        steps, losses = zip(*((row["step"], row["loss"]) for row in mine), strict=True)
-        axis.plot(steps, losses, alpha=0.35, label="loss")
+        steps, losses = zip(*((row["step"], row[key]) for row in mine), strict=True)
+        axis.plot(steps, losses, alpha=0.35, label=key)
         axis.plot(steps, smooth(list(losses)), label="smoothed")
-        axis.set(title=stage or "training loss", xlabel="step", ylabel="loss")
+        axis.set(title=stage or path.stem.replace("_", " "), xlabel="step", ylabel=key)
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)

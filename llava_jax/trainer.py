@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax import report
-from llava_jax.config import Config, ConfigError, to_json
+from llava_jax.config import Config, ConfigError, one_of, to_json
 from llava_jax.convert.adapter_export import ADAPTER_LAYOUTS, write_adapter
 from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource
@@ -29,6 +29,7 @@ from llava_jax.run_directory import flatten, open_run_directory
 from llava_jax.sharding import check_model, make_mesh, own_rows
 from llava_jax.stage import Stage, train_stage
 from llava_jax.step import abstract_model
+from llava_jax.validation import metric_names
 from llava_jax.weights import after_stage, checkpoint_directory, initial_weights
 
 
@@ -82,12 +83,13 @@ def _settings(recipe: Recipe) -> dict[str, object]:
 
 
 def _fingerprints(stages: list[Stage]) -> dict[str, str]:
-    return {
-        f"the data of {stage.name or 'the run'}{' for evaluation' if data is stage.evaluation else ''}": data.fingerprint
-        for stage in stages
-        for data in (stage.pipeline, stage.evaluation)
-        if data
-    }
+    facts = {}
+    for stage in stages:
+        what = f"the data of {stage.name or 'the run'}"
+        facts[what] = stage.pipeline.fingerprint
+        for name, data in stage.evaluations.items():
+            facts[f"{what} for evaluation {name}".strip()] = data.fingerprint
+    return facts
 
 
 @contextlib.contextmanager
@@ -135,7 +137,10 @@ def _run_stages(
 
 
 def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Stage:
-    training, evaluation = open_datasets(config.data, config.seed)
+    training, evaluations = open_datasets(config.data, config.seed)
+    one_of(
+        "train.metric_for_best_model", config.train.metric_for_best_model, tuple(metric_names(evaluations))
+    )
     make = partial(
         Pipeline,
         config.data,
@@ -153,7 +158,10 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, wor
         name,
         config,
         make(training, report=workdir / f"bad_samples{suffix}.jsonl"),
-        make(evaluation, report=workdir / f"bad_evaluation_samples{suffix}.jsonl") if evaluation else None,
+        {
+            own: make(data, report=workdir / f"bad_evaluation_samples{own and f'_{own}'}{suffix}.jsonl")
+            for own, data in evaluations.items()
+        },
         checkpoint_directory(workdir, name),
     )
 
