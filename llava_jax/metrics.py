@@ -20,6 +20,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
         self.read_only = read_only
+        self.reporters = []  # who is told every row, besides
         self.unwritten = ""  # what found no room yet
 
     def rows(self) -> list[dict]:
@@ -43,6 +44,8 @@ class MetricsLog:
         """Writes a row. One that cannot be written, perhaps because the disk is full, is written with a later one."""
         if self.read_only:
             return
+        for reporter in self.reporters:
+            reporter.append(row)
         told = bool(self.unwritten)
         self.unwritten += json.dumps(row) + "\n"
         try:

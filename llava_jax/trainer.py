@@ -24,6 +24,7 @@ from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.planning.out_of_memory import explain_out_of_memory
 from llava_jax.processes import agree, code_version, is_first, together, wait_for_all
 from llava_jax.recipe import Recipe
+from llava_jax.reporting import check_reporters, open_reporters
 from llava_jax.run_adapter import check_adapter, open_run_adapter
 from llava_jax.run_directory import flatten, open_run_directory
 from llava_jax.sharding import check_model, make_mesh, own_rows
@@ -49,6 +50,8 @@ def run(recipe: Recipe, workdir: Path) -> None:
         )
         weights = initial_weights(recipe.first)
         tokenizer = _load_tokenizer(weights)
+        for config in recipe.stages.values():
+            check_reporters(config)
         stages = [
             _make_stage(name, config, tokenizer, mesh, workdir) for name, config in recipe.stages.items()
         ]
@@ -115,7 +118,10 @@ def _run_stages(
     log = MetricsLog(workdir / "metrics.jsonl", read_only=not is_first())
     results = {}
     for stage in stages:
-        with explain_out_of_memory(stage.config, mesh, stage.pipeline.shapes(0, stage.num_steps)):
+        with (
+            explain_out_of_memory(stage.config, mesh, stage.pipeline.shapes(0, stage.num_steps)),
+            _reporting(stage, log, workdir),
+        ):
             results[stage.name] = train_stage(stage, weights, mesh, log)
         # Training has verified its checkpoint, or just written it.
         weights = after_stage(weights, stage.config, stage.checkpoints, verify=False)
@@ -134,6 +140,18 @@ def _run_stages(
             _export(weights, last, workdir)
     print(f"Done: {workdir}", flush=True)
     wait_for_all("the end of the run", timeout=6 * 3600.0)  # process 0 may have an export to write
+
+
+@contextlib.contextmanager
+def _reporting(stage: Stage, log: MetricsLog, workdir: Path) -> Iterator[None]:
+    """While the stage trains, what it logs is also told to those whom train.report_to names; process 0 does it."""
+    with contextlib.ExitStack() as opened:
+        if is_first():
+            log.reporters = open_reporters(stage.config, stage.name, workdir)
+            for reporter in log.reporters:
+                opened.callback(reporter.close)
+        yield
+    log.reporters = []
 
 
 def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Stage:

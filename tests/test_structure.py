@@ -40,6 +40,7 @@ FLOORS = (
         "recipe",
         "tuning",
         "metrics",
+        "reporting",
         "commands",
         "interruption",
         "watchdog",
