@@ -25,6 +25,7 @@ from llava_jax.processes import from_first
 from llava_jax.profiling import StepProfiler
 from llava_jax.program import Program
 from llava_jax.recorder import Recorder
+from llava_jax.results import evaluations, training_results, where_time_went
 from llava_jax.sharding import place_batch
 from llava_jax.step import TrainState
 from llava_jax.tuning import table
@@ -48,6 +49,10 @@ class Stage:
         train = self.config.train
         return train.max_steps or math.ceil(train.num_epochs * self.pipeline.steps_per_epoch)
 
+    def rows(self, log: MetricsLog) -> list[dict]:
+        """What is logged of this stage."""
+        return [row for row in log.rows() if row.get("stage", "") == self.name]
+
 
 def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog) -> dict[str, float]:
     """Trains a stage to its last step, which is saved, and returns its results.
@@ -63,7 +68,7 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
         start = checkpoints.starting_point(stage.num_steps)
         first_step = int(start.name) if start else 0
         log.forget_after(stage.name, first_step)
-        history = from_first("the evaluations so far", list(_evaluations(stage, log).items()))
+        history = from_first("the evaluations so far", list(evaluations(stage.rows(log)).items()))
         validation = Validation(stage.config.train, stage.evaluations, stage.num_steps, dict(history))
         if not (start and validation.has_ended(first_step, read_meta(start))):
             program = Program(stage.config, mesh, stage.num_steps)
@@ -74,7 +79,7 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     finally:
         checkpoints.close()
         watchdog.close()
-    return _results(stage, log, spent)
+    return _results(stage, stage.rows(log), spent)
 
 
 def _train(
@@ -289,56 +294,13 @@ def _print_plan(stage: Stage, program: Program, saved_step: int) -> None:
         print(f"  {line}", flush=True)
 
 
-def _rows(stage: Stage, log: MetricsLog) -> list[dict]:
-    return [row for row in log.rows() if row.get("stage", "") == stage.name]
-
-
-def _evaluations(stage: Stage, log: MetricsLog) -> dict[int, dict]:
-    """The figures of the evaluations that are logged, by step."""
-    return {
-        row["step"]: {key: value for key, value in row.items() if key.startswith("eval_")}
-        for row in _rows(stage, log)
-        if "eval_loss" in row
-    }
-
-
-def _results(stage: Stage, log: MetricsLog, spent: dict[str, float]) -> dict[str, float]:
-    """What the rows come to. spent: seconds that no row tells."""
-    evaluations = _evaluations(stage, log)
-    rows = [row for row in _rows(stage, log) if "loss" in row]
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
-    if not losses:  # somebody deleted the log of a finished stage
+def _results(stage: Stage, rows: list[dict], spent: dict[str, float]) -> dict[str, float]:
+    """spent: seconds that no row tells."""
+    if not any("loss" in row for row in rows):  # somebody deleted the log of a finished stage
         return {"steps": stage.num_steps}
-    seconds = sum(row["seconds"] for row in rows)
-    num_skipped = sum(row.get("skipped_steps", 0) for row in rows)
-    peaks = {key: max(row.get(key, 0) for row in rows) for key in rows[-1] if key.endswith("_peak_gib")}
     last = saved_steps(stage.checkpoints)[-1]
     chosen = read_meta(stage.checkpoints / str(last)).get("evaluated_as", last)
-    return {
-        "train_loss": float(np.mean(losses)),
-        "train_runtime": seconds,
-        "train_steps_per_second": rows[-1]["step"] / seconds,
-        "steps": rows[-1]["step"],
-        "epoch": rows[-1]["epoch"],
-        **_goodput(rows, evaluations, spent),
-        **peaks,
-        **({"skipped_steps": num_skipped} if num_skipped else {}),
-        **({"best_step": chosen} if stage.config.train.load_best_model_at_end else {}),
-        **{key: value for key, value in evaluations.get(chosen, {}).items() if key != "eval_runtime"},
-    }
-
-
-def _goodput(rows: list[dict], evaluations: dict[int, dict], spent: dict[str, float]) -> dict[str, float]:
-    """Where the seconds of a stage went, and the share of them in which it trained."""
-    seconds = {
-        "compile_seconds": sum(row.get("compile_seconds", 0.0) for row in rows),
-        "input_seconds": sum(row["data_wait"] * row["seconds"] for row in rows),
-        "checkpoint_seconds": sum(row.get("checkpoint_seconds", 0.0) for row in rows),
-    }
-    step = max(0.0, sum(row["seconds"] for row in rows) - sum(seconds.values()))
-    seconds |= {
-        "step_seconds": step,
-        "checkpoint_seconds": seconds["checkpoint_seconds"] + spent.get("checkpoint_seconds", 0.0),
-        "evaluation_seconds": sum(row.get("eval_runtime", 0.0) for row in evaluations.values()),
-    }
-    return seconds | {"goodput": step / sum(seconds.values())}
+    best = {"best_step": chosen} if stage.config.train.load_best_model_at_end else {}
+    figures = evaluations(rows).get(chosen, {})
+    figures = {key: value for key, value in figures.items() if key != "eval_runtime"}
+    return training_results(rows) | where_time_went(rows, spent) | best | figures

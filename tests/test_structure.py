@@ -41,6 +41,7 @@ FLOORS = (
         "tuning",
         "metrics",
         "reporting",
+        "results",
         "commands",
         "interruption",
         "watchdog",
