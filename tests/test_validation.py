@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from llava_jax import stage as stage_module
 from llava_jax import trainer
 from llava_jax import validation as validation_module
 from llava_jax.checkpoint import Checkpoints, saved_steps
-from llava_jax.config import ConfigError, TrainConfig
+from llava_jax.config import TrainConfig
+from llava_jax.errors import ConfigError, StoppedError
 from llava_jax.recipe import parse
 from llava_jax.sharding import make_mesh
 from llava_jax.validation import Validation, metric_names, summarize
@@ -170,3 +172,39 @@ def test_a_best_checkpoint_that_is_not_there_is_told_and_the_next_best_taken(
     trainer.run(parse(tiny_recipe), tmp_path)
     assert "best evaluation, 2, is not there; 3 is the next best" in capsys.readouterr().out
     assert json.loads((tmp_path / "all_results.json").read_text())["best_step"] == 3
+
+
+def test_an_evaluation_that_a_signal_prevented_is_made_when_the_run_continues(
+    tiny_recipe, tmp_path, monkeypatch, worse_every_time
+):
+    tiny_recipe.data.val_size = 8
+    tiny_recipe.train.update(max_steps=3, eval_steps=1, load_best_model_at_end=True)
+    recipe = parse(tiny_recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "StopRequest", lambda: StoppedAtTheLastStep(tmp_path))
+        with pytest.raises(StoppedError, match="Stopped after step 3"):
+            trainer.run(recipe, tmp_path)
+    assert worse_every_time == [1, 2]
+    best = parameters_of(tmp_path, 2)
+    assert any(not np.array_equal(parameters(tmp_path)[name], value) for name, value in best.items())
+    trainer.run(recipe, tmp_path)
+    assert worse_every_time == [1, 2, 3]
+    assert all(np.array_equal(parameters(tmp_path)[name], value) for name, value in best.items())
+    assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3]
+
+
+class StoppedAtTheLastStep:
+    """A signal that comes after the second evaluation."""
+
+    def __init__(self, workdir):
+        self.workdir = workdir
+
+    @property
+    def asked(self) -> bool:
+        return sum("eval_loss" in row for row in metrics(self.workdir)) == 2
+
+    def listen(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
