@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -68,6 +69,8 @@ def _known_flag(error: Exception) -> str | None:
 
 def _summary(error: Exception) -> str:
     """What went wrong in one line. For a recipe that raised, ml_collections gives its traceback: take the end."""
+    from llava_jax.known_names import explain
+
     message = str(error.args[0] if error.args else error)
     if "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
@@ -76,6 +79,9 @@ def _summary(error: Exception) -> str:
     ):  # a KeyError's message is quoted with its line ends spelled out, and it may lie in another's
         with contextlib.suppress(SyntaxError, ValueError):
             message = str(ast.literal_eval(message))
+    key = re.match(r"'?(\w+)'?\s+Did you mean", message)  # ml_collections knows a name of similar letters
+    if key and explain(key[1]):
+        return _no_setting(key[1])
     if message.isidentifier():
         return _no_setting(message)
     return " ".join(message.split())
