@@ -46,10 +46,10 @@ def main() -> None:
     require_room(tokenizer, recipe.first.model.text.vocab_size)
     opened = []  # all of it before hours are spent on the first
     for name, config in stages.items():
-        training, evaluation = open_datasets(config.data, config.seed)
+        training, evaluations = open_datasets(config.data, config.seed)
         opened.append((f"{name} training data".strip(), training, config))
-        if evaluation:
-            opened.append((f"{name} evaluation data".strip(), evaluation, config))
+        for own, evaluation in evaluations.items():
+            opened.append((f"{name} evaluation data {own}".strip(), evaluation, config))
     parts = {}
     for name, dataset, config in opened:
         print(f"\n{name}", flush=True)

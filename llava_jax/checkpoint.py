@@ -51,6 +51,7 @@ class Checkpoints:
         self.saving: int | None = None  # the step that is being written
         self.failure: Exception | None = None  # what went wrong with the newest save
         self.saved_at = time.monotonic()
+        self.ranking: list[int] = []  # steps, best first: the best that is saved is kept beside the newest
         self.checkpointer = self._make_checkpointer()
         self._remove_temporaries()
 
@@ -89,6 +90,12 @@ class Checkpoints:
         _tell(
             f"checkpoints {', '.join(map(str, steps))} are now in {aside}; delete them when nobody needs them."
         )
+
+    def is_good(self, step: int) -> bool:
+        """Whether the checkpoint of this step is complete and undamaged; one that is being written is waited for."""
+        self._wait()
+        path = self.directory / str(step)
+        return step in saved_steps(self.directory) and not self._find_damage(path)
 
     def is_due(self) -> bool:
         """Whether `save_every_minutes` have passed since the last save, or since this last said so."""
@@ -205,7 +212,9 @@ class Checkpoints:
     def _prune(self) -> None:
         limit = self.config.save_total_limit
         if self.is_first and limit:
-            for step in saved_steps(self.directory)[:-limit]:
+            saved = saved_steps(self.directory)
+            best = next((step for step in self.ranking if step in saved), None)
+            for step in [step for step in saved if step != best][:-limit]:
                 shutil.rmtree(self._temporary(step), ignore_errors=True)
                 shutil.rmtree((self.directory / str(step)).rename(self._temporary(step)), ignore_errors=True)
 

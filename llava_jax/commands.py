@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -47,14 +48,31 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         if "--debug" in argv:
             raise
-        _fail(f"{_summary(error)} (--help lists the flags, docs/recipes.md the settings.)", 10)
+        _fail(
+            f"{_known_flag(error) or _summary(error)} (--help lists the flags, docs/recipes.md the settings.)",
+            10,
+        )
     if len(rest) > 1:
         _fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 10)
     return rest
 
 
+def _known_flag(error: Exception) -> str | None:
+    """The answer to a flag that is another trainer's."""
+    from llava_jax.known_names import explain
+
+    if not isinstance(error, flags.UnrecognizedFlagError):
+        return None
+    answer = explain(error.flagname)
+    return (
+        answer and f"There is no flag --{error.flagname}. {answer} Settings are written --config.KEY=VALUE."
+    )
+
+
 def _summary(error: Exception) -> str:
     """What went wrong in one line. For a recipe that raised, ml_collections gives its traceback: take the end."""
+    from llava_jax.known_names import explain
+
     message = str(error.args[0] if error.args else error)
     if "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
@@ -63,6 +81,9 @@ def _summary(error: Exception) -> str:
     ):  # a KeyError's message is quoted with its line ends spelled out, and it may lie in another's
         with contextlib.suppress(SyntaxError, ValueError):
             message = str(ast.literal_eval(message))
+    key = re.match(r"'?(\w+)'?\s+Did you mean", message)  # ml_collections knows a name of similar letters
+    if key and explain(key[1]):
+        return _no_setting(key[1])
     if message.isidentifier():
         return _no_setting(message)
     return " ".join(message.split())
@@ -70,9 +91,12 @@ def _summary(error: Exception) -> str:
 
 def _no_setting(key: str) -> str:
     from llava_jax.config import keys_like
+    from llava_jax.known_names import explain
 
     near = keys_like(key)
     hint = f" Did you mean --config.{near[0]}?" if near else ""
+    if not any(full.endswith(f".{key}") for full in near) and (elsewhere := explain(key)):
+        hint = f" {elsewhere}"
     return f"The recipe has no setting {key!r} there.{hint} In a recipe of several stages it may be stages.NAME.{key}."
 
 

@@ -6,10 +6,11 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llava_jax.errors import ConfigError
+from llava_jax.known_names import explain
 
 
 def require(condition: bool, message: str) -> None:
@@ -204,7 +205,7 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # how often each file's samples are taken per epoch; (): once
     max_samples: int | None = None  # of each file, its first
     val_size: float = 0.0  # kept out of training for evaluation: a share if below 1, else a count
-    eval_path: str = ""  # or a file of its own to evaluate on
+    eval_path: str = ""  # or files of their own to evaluate on; NAME=FILE,NAME=FILE are sets told apart
     on_bad_sample: str = "error"  # or "skip": another takes its place, and the run tells which
     max_bad_share: float = 0.01  # with "skip", more bad samples than this are an error
 
@@ -474,6 +475,19 @@ class LossConfig:
         require(self.chunk_size > 0, f"loss.chunk_size={self.chunk_size} must be positive.")
 
 
+def _check_interval(key: str, value: float | None) -> None:
+    require(
+        value is None or 0 < value < 1 or (1 <= value < math.inf and value == int(value)),
+        f"{key}={value} is a number of steps, or a share of the stage between 0 and 1.",
+    )
+
+
+def _interval(value: float, num_steps: int) -> int:
+    """A number of steps, or a share of `num_steps`, in steps."""
+    return int(value) if value >= 1 else math.ceil(num_steps * value)
+
+
+REPORTERS = ("none", "jsonl", "tensorboard", "wandb")
 ATTENTIONS = ("auto", "reference", "xla", "flash_tpu", "splash", "mosaic_gpu", "cudnn")
 
 
@@ -490,6 +504,15 @@ class TrainConfig:
     remat: str = "full"  # what the backward pass recomputes: full (most), dots, none
     scan_unroll: int = 1  # layers per iteration of the layer loop
     log_steps: int = 10
+    report_to: str = "none"  # besides metrics.jsonl: tensorboard, wandb, or both with a comma between
+    profile_steps: str = ""  # "10:13" traces the steps 10, 11 and 12 with jax.profiler
+    # Evaluation on what data.val_size or data.eval_path keeps out of training; the last step is always evaluated.
+    eval_steps: float | None = None  # from one to the next; below 1: a share of the stage's steps
+    load_best_model_at_end: bool = False  # the stage ends with the parameters of its best evaluation
+    metric_for_best_model: str = "eval_loss"  # with named sets also eval_NAME_loss and so on
+    early_stopping_patience: int | None = (
+        None  # so many evaluations in a row that are not the best end the stage
+    )
     max_skipped_steps: int = 3  # so many steps in a row without finite loss and gradients end the run
     hang_timeout_minutes: float | None = (
         30.0  # a wait for data, devices or files that takes longer ends the run
@@ -511,9 +534,48 @@ class TrainConfig:
         )
         require(self.scan_unroll > 0, f"train.scan_unroll={self.scan_unroll} must be positive.")
         require(self.log_steps > 0, f"train.log_steps={self.log_steps} must be positive.")
+        for name in split_names(self.report_to):
+            one_of("train.report_to", name, REPORTERS)
+        require(
+            not self.profile_steps or self.profiled is not None,
+            f"train.profile_steps={self.profile_steps!r} is no slice of steps; write '10:13' for the steps 10, 11 and 12.",
+        )
+        self._check_evaluation()
         _positive("train", self, "max_skipped_steps")
         if self.hang_timeout_minutes is not None:
             _positive("train", self, "hang_timeout_minutes")
+
+    def _check_evaluation(self) -> None:
+        _check_interval("train.eval_steps", self.eval_steps)
+        metric = self.metric_for_best_model
+        require(
+            re.fullmatch(r"eval_(\w+_)?(loss|perplexity|token_accuracy)", metric) is not None,
+            f"train.metric_for_best_model={metric!r} is not eval_loss, eval_perplexity or eval_token_accuracy, nor one of "
+            "a set by name, such as eval_NAME_loss.",
+        )
+        chosen = self.load_best_model_at_end or self.early_stopping_patience is not None
+        require(
+            chosen or metric == TrainConfig.metric_for_best_model,
+            f"train.metric_for_best_model={metric!r} says what is best, but nothing asks; set "
+            "train.load_best_model_at_end or train.early_stopping_patience.",
+        )
+        require(
+            not chosen or self.eval_steps is not None,
+            "train.load_best_model_at_end and train.early_stopping_patience compare evaluations; set train.eval_steps.",
+        )
+        if self.early_stopping_patience is not None:
+            _positive("train", self, "early_stopping_patience")
+
+    @property
+    def profiled(self) -> range | None:
+        """The steps to trace; None: no steps, or none that the setting says."""
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile_steps.strip())
+        steps = range(*map(int, match.groups())) if match else range(0)
+        return steps if steps and steps.start > 0 else None
+
+    def eval_interval(self, num_steps: int) -> int:
+        """Steps from one evaluation to the next in a stage of `num_steps`."""
+        return num_steps if self.eval_steps is None else _interval(self.eval_steps, num_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -537,11 +599,7 @@ class CheckpointConfig:
     )
 
     def __post_init__(self):
-        require(
-            0 < self.save_steps < 1
-            or (1 <= self.save_steps < math.inf and self.save_steps == int(self.save_steps)),
-            f"checkpoint.save_steps={self.save_steps:g} is a number of steps, or a share of the stage between 0 and 1.",
-        )
+        _check_interval("checkpoint.save_steps", self.save_steps)
         for key in ("save_every_minutes", "save_total_limit"):
             if getattr(self, key) is not None:
                 _positive("checkpoint", self, key)
@@ -552,7 +610,7 @@ class CheckpointConfig:
 
     def save_interval(self, num_steps: int) -> int:
         """Steps from one save to the next in a stage of `num_steps`."""
-        return int(self.save_steps) if self.save_steps >= 1 else math.ceil(num_steps * self.save_steps)
+        return _interval(self.save_steps, num_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -646,6 +704,10 @@ class Config:
             f"One image takes {self.model.num_image_tokens} tokens, more than data.max_length={self.data.max_length} "
             "leaves room for; raise data.max_length.",
         )
+        require(
+            self.train.eval_steps is None or bool(self.data.val_size or self.data.eval_path),
+            "train.eval_steps is set, but there is nothing to evaluate on; set data.val_size or data.eval_path.",
+        )
         self._check_what_trains()
 
     def _check_what_trains(self) -> None:
@@ -682,10 +744,15 @@ def build(cls: type, fields: dict[str, Any], prefix: str):
     types_by_name = typing.get_type_hints(cls)
     for key in fields:
         if key not in types_by_name:
-            near = difflib.get_close_matches(key, types_by_name, n=1) or keys_like(key)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(types_by_name))}."
-            raise ConfigError(f"Unknown key {prefix + key!r}.{hint}")
+            raise ConfigError(f"Unknown key {prefix + key!r}.{_hint(key, types_by_name)}")
     return cls(**{key: _convert(types_by_name[key], value, prefix + key) for key, value in fields.items()})
+
+
+def _hint(key: str, known: Iterable[str]) -> str:
+    if elsewhere := explain(key):
+        return f" {elsewhere}"
+    near = difflib.get_close_matches(key, known, n=1) or keys_like(key)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(known))}."
 
 
 def keys_like(key: str) -> list[str]:

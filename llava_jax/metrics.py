@@ -20,6 +20,7 @@ class MetricsLog:
     def __init__(self, path: Path, *, read_only: bool = False):
         self.path = path
         self.read_only = read_only
+        self.reporters = []  # who is told every row, besides
         self.unwritten = ""  # what found no room yet
 
     def rows(self) -> list[dict]:
@@ -46,6 +47,8 @@ class MetricsLog:
         """Writes a row. One that cannot be written, perhaps because the disk is full, is written with a later one."""
         if self.read_only:
             return
+        for reporter in self.reporters:
+            reporter.append(row)
         told = bool(self.unwritten)
         self.unwritten += json.dumps(row) + "\n"
         try:
@@ -166,8 +169,8 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def plot_loss(rows: list[dict], path: Path) -> None:
-    """Draws the loss over steps, one panel per stage, raw and smoothed."""
+def plot_loss(rows: list[dict], path: Path, *, key: str = "loss") -> None:
+    """Draws a loss over steps, one panel per stage, raw and smoothed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,13 +179,13 @@ def plot_loss(rows: list[dict], path: Path) -> None:
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), squeeze=False)
     for stage, axis in zip(stages, axes[0], strict=True):
-        mine = [row for row in rows if row.get("stage", "") == stage and row.get("loss") is not None]
-        if not mine:  # every step was skipped
+        mine = [row for row in rows if row.get("stage", "") == stage and row.get(key) is not None]
+        if not mine:  # every step was skipped, or nothing evaluated
             continue
-        steps, losses = zip(*((row["step"], row["loss"]) for row in mine), strict=True)
-        axis.plot(steps, losses, alpha=0.35, label="loss")
+        steps, losses = zip(*((row["step"], row[key]) for row in mine), strict=True)
+        axis.plot(steps, losses, alpha=0.35, label=key)
         axis.plot(steps, smooth(list(losses)), label="smoothed")
-        axis.set(title=stage or "training loss", xlabel="step", ylabel="loss")
+        axis.set(title=stage or path.stem.replace("_", " "), xlabel="step", ylabel=key)
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=100)

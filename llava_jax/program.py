@@ -132,8 +132,8 @@ class Program:
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
 
     def eval_step(self):
-        """step(parameters, batch) -> (sum of losses, supervised tokens), jitted; see `make_eval_step`."""
-        return jax.jit(make_eval_step(self._network(dropout=False)[0], self.config.loss))
+        """step(parameters, batch) -> sums over its supervised tokens, jitted; see `make_eval_step`."""
+        return jax.jit(make_eval_step(self._network(dropout=False)[0]))
 
     def _abstract(self, name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.parameter_sharding(name, shape))

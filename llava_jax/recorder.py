@@ -1,8 +1,11 @@
 """What a stage tells while it trains: rows of metrics and the progress line."""
 
+import contextlib
 import dataclasses
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -10,6 +13,8 @@ import numpy as np
 from llava_jax.config import Config
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import DivergedError
+from llava_jax.flops import Work, causal_pairs, training_flops
+from llava_jax.memory_peak import memory_peak
 from llava_jax.metrics import MetricsLog, Progress
 from llava_jax.optimizer import make_schedule
 from llava_jax.tuning import learning_rates
@@ -30,7 +35,10 @@ class _Done:
 
 
 class Recorder:
-    """Logs every `log_steps` steps as one row, one step late so that devices never wait."""
+    """Logs every `log_steps` steps as one row, one step late so that devices never wait.
+
+    peak_flops: what all devices together can compute per second; None: unknown.
+    """
 
     def __init__(
         self,
@@ -41,6 +49,7 @@ class Recorder:
         first_step: int,
         num_steps: int,
         watchdog: Watchdog,
+        peak_flops: float | None = None,
     ):
         self.stage = stage
         self.config = config
@@ -54,7 +63,20 @@ class Recorder:
         mine = [row for row in log.rows() if row.get("stage", "") == stage]
         self.num_skipped = sum(row.get("skipped_steps", 0) for row in mine)
         self.num_bad_samples = 0
+        self.peak_flops = peak_flops
+        self.spent: dict[str, float] = defaultdict(
+            float
+        )  # seconds on other things than steps, since the last row
         self.since = time.monotonic()
+
+    @contextlib.contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """The block's time goes to `what`, which the next row tells as what_seconds."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[f"{what}_seconds"] += time.monotonic() - begin
 
     def add(self, step: int, metrics: dict, data_wait: float) -> None:
         if self.pending and self.pending[-1].step % self.config.train.log_steps == 0:
@@ -85,7 +107,11 @@ class Recorder:
             "images_per_second": sum(done.num_images for done in self.pending) / seconds,
             "data_wait": sum(done.data_wait for done in self.pending) / seconds,
             "seconds": seconds,
+            **self.spent,
+            **self._utilisation(metrics, seconds),
+            **memory_peak(),
         }
+        self.spent.clear()
         if num_skipped:
             row["skipped_steps"] = num_skipped
         self.pending = []
@@ -93,11 +119,33 @@ class Recorder:
         self.progress.show(row)
         self._tell_bad_samples()
 
-    def log_evaluation(self, step: int, loss: float) -> None:
-        """Logs the loss on the data that was kept out of training."""
+    def log_evaluation(self, step: int, figures: dict[str, float | None]) -> None:
+        """Logs an evaluation on data that is kept out of training; its time counts for no other row."""
         row = {"stage": self.stage} if self.stage else {}
-        self.log.append(row | {"step": step, "eval_loss": loss})
-        print(f"{self.stage or 'step'} {step}: eval_loss {loss:.4f}", flush=True)
+        self.log.append(row | {"step": step} | figures)
+        told = ", ".join(
+            f"{name} {'not finite' if value is None else f'{value:.4f}'}"
+            for name, value in figures.items()
+            if name != "eval_runtime"
+        )
+        print(f"{self.stage or 'step'} {step}: {told}", flush=True)
+        self.since = time.monotonic()
+
+    def _utilisation(self, metrics: list[dict], seconds: float) -> dict[str, float]:
+        """The share of what the devices can compute that the model's mathematics took, padding included."""
+        if not self.peak_flops:
+            return {}
+        work = Work(0, 0, 0, 0)
+        for done, values in zip(self.pending, metrics, strict=True):
+            work += self._work(done.step, int(values["num_supervised_tokens"]))
+        flops = sum(training_flops(self.config.model, self.config.tune, work).values())
+        return {"mfu": flops / (seconds * self.peak_flops)}
+
+    def _work(self, step: int, num_supervised: int) -> Work:
+        rows, (length, num_images) = self.config.data.batch_size, self.data.schedule.step_shape(step - 1)
+        lengths = self.data.measured.lengths[np.concatenate(self.data.step_rows(step - 1))]
+        pairs = causal_pairs(lengths.astype(float)).sum()
+        return Work(rows * length, float(pairs), rows * num_images, num_supervised)
 
     def _tell_bad_samples(self) -> None:
         count = len(self.data.bad_samples.report())

@@ -21,18 +21,23 @@ def write_training(workdir: Path, results: dict[str, dict], rows: list[dict]) ->
     write_json(workdir / "train_results.json", summary)
     write_json(workdir / "all_results.json", summary)
     if "eval_loss" in last[1]:
-        write_json(workdir / "eval_results.json", {"eval_loss": last[1]["eval_loss"]})
+        write_json(workdir / "eval_results.json", _evaluated(last[1]))
     if rows:
         plot_loss(rows, workdir / "training_loss.png")
+    if any("eval_loss" in row for row in rows):
+        plot_loss(rows, workdir / "training_eval_loss.png", key="eval_loss")
 
 
 def write_evaluation(workdir: Path, results: dict, answered: list[dict]) -> None:
     """Writes eval_results.json and predictions.jsonl, and adds the results to all_results.json."""
     together = json.loads((workdir / "all_results.json").read_text()) | results
     write_json(workdir / "all_results.json", together)
-    loss = {key: value for key, value in together.items() if key == "eval_loss"}
-    write_json(workdir / "eval_results.json", loss | results)
+    write_json(workdir / "eval_results.json", _evaluated(together))
     write_atomically(workdir / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in answered))
+
+
+def _evaluated(results: dict) -> dict:
+    return {key: value for key, value in results.items() if key.startswith("eval_")}
 
 
 def write_model_card(workdir: Path, recipe: Recipe, summaries: dict[str, dict]) -> None:

@@ -19,6 +19,9 @@ from llava_jax.weights import RUN_FORMAT, checkpoint_directory
 # Settings that may differ when a run is continued: they change neither samples nor weights.
 HARMLESS = (
     "train.log_steps",
+    "train.report_to",
+    "train.profile_steps",
+    "train.eval_steps",
     "train.max_skipped_steps",
     "train.hang_timeout_minutes",
     "train.attention",

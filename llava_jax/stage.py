@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,19 +13,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.agreement import Agreement
-from llava_jax.checkpoint import Checkpoints, read_meta, step_of
+from llava_jax.checkpoint import Checkpoints, read_meta, saved_steps, step_of
 from llava_jax.config import Config
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError, StoppedError
 from llava_jax.interruption import StopRequest
 from llava_jax.metrics import MetricsLog
+from llava_jax.planning.peaks import peak_flops
 from llava_jax.processes import exchange, from_first
+from llava_jax.profiling import StepProfiler
 from llava_jax.program import Program
 from llava_jax.recorder import Recorder
+from llava_jax.results import evaluations, training_results, where_time_went
 from llava_jax.sharding import place_batch
 from llava_jax.step import TrainState
 from llava_jax.tuning import table
+from llava_jax.validation import Validation
 from llava_jax.watchdog import Watchdog
 from llava_jax.weights import before_stage, load
 
@@ -36,13 +41,17 @@ class Stage:
     name: str
     config: Config
     pipeline: Pipeline
-    evaluation: Pipeline | None  # data that is kept out of training, for the loss at the end of the stage
+    evaluations: dict[str, Pipeline]  # data that is kept out of training, by name
     checkpoints: Path
 
     @property
     def num_steps(self) -> int:
         train = self.config.train
         return train.max_steps or math.ceil(train.num_epochs * self.pipeline.steps_per_epoch)
+
+    def rows(self, log: MetricsLog) -> list[dict]:
+        """What is logged of this stage."""
+        return [row for row in log.rows() if row.get("stage", "") == self.name]
 
 
 def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog) -> dict[str, float]:
@@ -54,19 +63,23 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     """
     watchdog = Watchdog(stage.config.train.hang_timeout_minutes)
     checkpoints = Checkpoints(stage.checkpoints, stage.config.checkpoint, watchdog)
+    spent = {}
     try:
         start = checkpoints.starting_point(stage.num_steps)
-        evaluated = from_first(
-            "is evaluated", stage.evaluation is None or "eval_loss" in _results(stage, log)
-        )
-        if not (start and evaluated and step_of(start) == stage.num_steps):
+        first_step = step_of(start) if start else 0
+        rows = [row for row in stage.rows(log) if row["step"] <= first_step]
+        history = from_first("the evaluations so far", list(evaluations(rows).items()))
+        validation = Validation(stage.config.train, stage.evaluations, stage.num_steps, dict(history))
+        if not (start and validation.has_ended(first_step, read_meta(start))):
             program = Program(stage.config, mesh, stage.num_steps)
-            _print_plan(stage, program, step_of(start) if start else None)
-            _train(stage, program, before_stage(weights, stage.config), log, checkpoints, start)
+            _print_plan(stage, program, first_step)
+            spent = _train(
+                stage, program, before_stage(weights, stage.config), log, checkpoints, start, validation
+            )
     finally:
         checkpoints.close()
         watchdog.close()
-    return _results(stage, log)
+    return _results(stage, stage.rows(log), spent)
 
 
 def _train(
@@ -76,34 +89,40 @@ def _train(
     log: MetricsLog,
     checkpoints: Checkpoints,
     start: Path | None,
-) -> None:
+    validation: Validation,
+) -> dict[str, float]:
+    """Trains and evaluates what is left to do. -> seconds of what no row tells."""
     config = stage.config
     frozen, checksums = _load_frozen(weights, program)
     meta = {"dataset": stage.pipeline.fingerprint, "frozen": checksums}
     if start:
         _check_meta(read_meta(start), meta, start)
     first_step = step_of(start) if start else 0
-    for pipeline in filter(None, (stage.pipeline, stage.evaluation)):
+    for pipeline in (stage.pipeline, *stage.evaluations.values()):
         pipeline.bad_samples.write()
     recorder = Recorder(
-        stage.name, config, stage.pipeline, log, first_step, stage.num_steps, checkpoints.watchdog
+        stage.name,
+        config,
+        stage.pipeline,
+        log,
+        first_step,
+        stage.num_steps,
+        checkpoints.watchdog,
+        _peak_flops(program.mesh),
     )
-    if first_step == stage.num_steps:
-        trainable = checkpoints.restore_parameters(start, program.abstract_trainable())
+    loop = Loop(stage, program, frozen, checkpoints, meta, recorder, validation)
+    if start and not read_meta(start)["optimizer"]:  # the last one, of which only the evaluation is missing
+        loop.evaluate(first_step, checkpoints.restore_parameters(start, program.abstract_trainable()))
+        return {}
+    if start:
+        state = checkpoints.restore(start, program.abstract_state())
+        checkpoints.set_aside_after(start)
     else:
-        if start:
-            state = checkpoints.restore(start, program.abstract_state())
-            checkpoints.set_aside_after(start)
-        else:
-            state = program.new_state(
-                load(weights, program.abstract_trainable(), jnp.float32, program.parameter_sharding)
-            )
-        log.forget_after(stage.name, first_step)
-        trainable = _run_steps(stage, program, state, frozen, checkpoints, meta, recorder, first_step)
-    if stage.evaluation:
-        parameters = trainable | frozen
-        loss = _evaluation_loss(program, stage.evaluation, parameters, checkpoints.watchdog)
-        recorder.log_evaluation(stage.num_steps, loss)
+        trainable = load(weights, program.abstract_trainable(), jnp.float32, program.parameter_sharding)
+        state = program.new_state(trainable)
+    log.forget_after(stage.name, first_step)
+    loop.run(state, first_step)
+    return dict(recorder.spent)
 
 
 def _load_frozen(weights: ModelSource, program: Program) -> tuple[dict[str, jax.Array], dict[str, int]]:
@@ -120,60 +139,140 @@ def _load_frozen(weights: ModelSource, program: Program) -> tuple[dict[str, jax.
     return frozen, checksums
 
 
-def _run_steps(
-    stage: Stage,
-    program: Program,
-    state: TrainState,
-    frozen: dict,
-    checkpoints: Checkpoints,
-    meta: dict,
-    recorder: Recorder,
-    first_step: int,
-) -> dict[str, jax.Array]:
-    """Trains from `first_step` to the last step, saves what is due and returns the trained parameters."""
-    watchdog = checkpoints.watchdog
-    save_interval = stage.config.checkpoint.save_interval(stage.num_steps)
-    train_step = program.train_step()
-    agree = Agreement(program.mesh)
-    batches = stage.pipeline.iterate(first_step, stage.num_steps)
-    with contextlib.closing(StopRequest()) as request:
-        for step in range(first_step + 1, stage.num_steps + 1):
-            before = time.monotonic()
-            with watchdog.waiting(f"the batch of step {step}"):
-                batch = next(batches)
-            # As long as the device still computes the step before, it does not wait.
-            data_wait = time.monotonic() - before if state.step.is_ready() else 0.0
-            state, metrics = train_step(state, frozen, place_batch(program.mesh, batch))
-            if step == first_step + 1:  # compiled; until here nothing is lost if a signal ends the process
-                request.listen()
-            recorder.add(step, metrics, data_wait)
-            stop, minutes_passed = agree(request.asked, checkpoints.is_due())
-            if stop or minutes_passed or step % save_interval == 0 or step == stage.num_steps:
-                recorder.flush()  # a run that continues from here has told all that came before
-                checkpoints.save(state, {"step": step} | meta, whole=stop)
-            if stop or step == stage.num_steps:
-                checkpoints.finish()
-            if stop:
-                raise StoppedError(
-                    f"Stopped after step {step:,}, which is saved; the same command continues."
-                )
-    return state.trainable
+class Loop:
+    """Trains a stage from one of its steps to the last, evaluates and saves what is due."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        program: Program,
+        frozen: dict[str, jax.Array],
+        checkpoints: Checkpoints,
+        meta: dict,
+        recorder: Recorder,
+        validation: Validation,
+    ):
+        self.stage = stage
+        self.program = program
+        self.frozen = frozen
+        self.checkpoints = checkpoints
+        self.meta = meta
+        self.recorder = recorder
+        self.validation = validation
+        self.shapes = set()  # of batches, each of which is compiled once
+        self.keeps_best = stage.config.train.load_best_model_at_end
+        if self.keeps_best:
+            checkpoints.ranking = validation.ranking()
+
+    def evaluate(self, step: int, trainable: dict[str, jax.Array]) -> None:
+        """Evaluates the parameters after a step, logs it and says which checkpoint is worth keeping."""
+        parameters = trainable | self.frozen
+        figures = self.validation.measure(step, self.program, parameters, self.checkpoints.watchdog)
+        self.recorder.log_evaluation(step, figures)
+        if self.keeps_best:
+            self.checkpoints.ranking = self.validation.ranking()
+
+    def run(self, state: TrainState, first_step: int) -> None:
+        """Trains from after `first_step` on. The stage ends with its last step, or when evaluations have stalled."""
+        num_steps, watchdog = self.stage.num_steps, self.checkpoints.watchdog
+        if self.validation.is_due(first_step):  # a signal came before it
+            self.evaluate(first_step, state.trainable)
+        if first_step == num_steps or self.validation.has_stalled():
+            if self.keeps_best:
+                self._save(state, first_step, ended=True)
+            return
+        save_interval = self.stage.config.checkpoint.save_interval(num_steps)
+        train_step = self.program.train_step()
+        agree = Agreement(self.program.mesh)
+        batches = self.stage.pipeline.iterate(first_step, num_steps)
+        profiler = StepProfiler(self.stage.config.train.profiled, self._trace_directory())
+        with contextlib.closing(StopRequest()) as request, contextlib.closing(profiler):
+            for step in range(first_step + 1, num_steps + 1):
+                profiler.before(step)
+                before = time.monotonic()
+                with watchdog.waiting(f"the batch of step {step}"):
+                    batch = next(batches)
+                # As long as the device still computes the step before, it does not wait.
+                data_wait = time.monotonic() - before if state.step.is_ready() else 0.0
+                with self._compiling(batch):
+                    state, metrics = train_step(state, self.frozen, place_batch(self.program.mesh, batch))
+                profiler.after(step, metrics)
+                if (
+                    step == first_step + 1
+                ):  # compiled; until here nothing is lost if a signal ends the process
+                    request.listen()
+                self.recorder.add(step, metrics, data_wait)
+                stop, minutes_passed = agree(request.asked, self.checkpoints.is_due())
+                if not stop and self.validation.is_due(step):
+                    self.recorder.flush()
+                    self.evaluate(step, state.trainable)
+                best = self.checkpoints.ranking[:1] == [step]
+                ended = step == num_steps or self.validation.has_stalled()
+                if stop or minutes_passed or step % save_interval == 0 or best or ended:
+                    self.recorder.flush()  # a run that continues from here has told all that came before
+                    self._save(state, step, stop=stop, ended=ended)
+                if stop:
+                    raise StoppedError(
+                        f"Stopped after step {step:,}, which is saved; the same command continues."
+                    )
+                if ended:
+                    break
+
+    def _save(self, state: TrainState, step: int, *, stop: bool = False, ended: bool = False) -> None:
+        """Saves the state after a step. The stage's last one is waited for, and has the best parameters if asked."""
+        meta = self.meta | {"step": step}
+        with self.recorder.spending("checkpoint"):
+            if ended and not stop:
+                best = self._best(step)
+                meta["evaluated_as"] = best
+                state = self._with_parameters_of(best, step, state)
+            # What ends before its time is told from what can be continued by its evaluations, so it must be whole.
+            whole = stop or (ended and step < self.stage.num_steps)
+            self.checkpoints.save(state, meta, whole=whole)
+            if stop or ended:
+                self.checkpoints.finish()
+
+    def _best(self, step: int) -> int:
+        """The step whose parameters the stage ends with."""
+        if not self.keeps_best:
+            return step
+        ranking = self.validation.ranking()
+        best = next(s for s in ranking if s == step or self.checkpoints.is_good(s))
+        if best != ranking[0]:
+            print(
+                f"The checkpoint of the best evaluation, {ranking[0]}, is not there; {best} is the next best."
+            )
+        return best
+
+    def _with_parameters_of(self, best: int, step: int, state: TrainState) -> TrainState:
+        if best == step:
+            return state
+        metric = self.stage.config.train.metric_for_best_model
+        print(
+            f"{self.stage.name or 'The run'} ends with the parameters of step {best}, whose {metric} "
+            f"{self.validation.history[best][metric]:.4f} is the best.",
+            flush=True,
+        )
+        path = self.checkpoints.directory / str(best)
+        trainable = self.checkpoints.restore_parameters(path, self.program.abstract_trainable())
+        return dataclasses.replace(state, trainable=trainable)
+
+    @contextlib.contextmanager
+    def _compiling(self, batch: dict[str, np.ndarray]) -> Iterator[None]:
+        """The first call with a shape compiles; any other only hands over work."""
+        shape = batch["tokens"].shape + batch["images"].shape
+        known = shape in self.shapes
+        self.shapes.add(shape)
+        with contextlib.nullcontext() if known else self.recorder.spending("compile"):
+            yield
+
+    def _trace_directory(self) -> Path:
+        return self.recorder.log.path.parent / "profile" / self.stage.name
 
 
-def _evaluation_loss(program: Program, data: Pipeline, parameters: dict, watchdog: Watchdog) -> float:
-    """The mean loss of all supervised tokens of an epoch."""
-    eval_step = program.eval_step()
-    total, count = 0.0, 0
-    batches = data.iterate(0, data.steps_per_epoch)
-    for step in range(data.steps_per_epoch):
-        with watchdog.waiting(f"evaluation batch {step + 1}"):
-            batch = next(batches)
-        sums = eval_step(parameters, place_batch(program.mesh, batch))
-        with watchdog.waiting(f"the devices' result of evaluation batch {step + 1}"):
-            step_total, step_count = jax.device_get(sums)
-        total += float(step_total)
-        count += int(step_count)
-    return total / max(1, count)
+def _peak_flops(mesh: Mesh) -> float | None:
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return peak and peak * mesh.size
 
 
 def _check_meta(found: dict, expected: dict, path: Path) -> None:
@@ -190,7 +289,7 @@ def _check_meta(found: dict, expected: dict, path: Path) -> None:
         )
 
 
-def _print_plan(stage: Stage, program: Program, saved_step: int | None) -> None:
+def _print_plan(stage: Stage, program: Program, saved_step: int) -> None:
     """What trains, on what, at which rate."""
     config, summary = stage.config, stage.pipeline.summary()
     print(
@@ -201,28 +300,20 @@ def _print_plan(stage: Stage, program: Program, saved_step: int | None) -> None:
         + (f", continuing after step {saved_step:,}" if saved_step else ""),
         flush=True,
     )
-    shapes = stage.pipeline.schedule.shapes((saved_step or 0) // stage.pipeline.steps_per_epoch)
+    shapes = stage.pipeline.schedule.shapes(saved_step // stage.pipeline.steps_per_epoch)
     listed = ", ".join(f"{length} x {images}" for length, images in shapes)
     print(f"  an epoch's rows of tokens x images: {listed}; each shape is compiled once", flush=True)
     for line in table(config, program.abstract_trainable(), program.abstract_frozen()):
         print(f"  {line}", flush=True)
 
 
-def _results(stage: Stage, log: MetricsLog) -> dict[str, float]:
-    rows = [row for row in log.rows() if row.get("stage", "") == stage.name]
-    evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    rows = [row for row in rows if "loss" in row]
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
-    if not losses:  # somebody deleted the log of a finished stage
+def _results(stage: Stage, rows: list[dict], spent: dict[str, float]) -> dict[str, float]:
+    """spent: seconds that no row tells."""
+    if not any("loss" in row for row in rows):  # somebody deleted the log of a finished stage
         return {"steps": stage.num_steps}
-    seconds = sum(row["seconds"] for row in rows)
-    num_skipped = sum(row.get("skipped_steps", 0) for row in rows)
-    return {
-        "train_loss": float(np.mean(losses)),
-        "train_runtime": seconds,
-        "train_steps_per_second": stage.num_steps / seconds,
-        "steps": stage.num_steps,
-        "epoch": rows[-1]["epoch"],
-        **({"skipped_steps": num_skipped} if num_skipped else {}),
-        **({"eval_loss": evaluations[-1]} if evaluations else {}),
-    }
+    last = saved_steps(stage.checkpoints)[-1]
+    chosen = read_meta(stage.checkpoints / str(last)).get("evaluated_as", last)
+    best = {"best_step": chosen} if stage.config.train.load_best_model_at_end else {}
+    figures = evaluations(rows).get(chosen, {})
+    figures = {key: value for key, value in figures.items() if key != "eval_runtime"}
+    return training_results(rows) | where_time_went(rows, spent) | best | figures

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from llava_jax.config import Config, LossConfig, ModelConfig
 from llava_jax.kernels.attention import Placement, attention, check_platform
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
+from llava_jax.kernels.token_scores import score_tokens
 from llava_jax.models.llava import LLaVA
 from llava_jax.models.lora import DropoutKey, add_lora, dropout_keys
 from llava_jax.models.stack import CutStack
@@ -146,33 +147,41 @@ def make_train_step(
     return step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
-    """Returns step(parameters, batch) -> the sum of the losses float32[] and the number of supervised tokens int32[].
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable:
+    """Returns step(parameters, batch) -> the sums of `score_tokens`: losses, tokens that were the likeliest, tokens.
 
     parameters: all of the model's, by name. batch: as for a train step.
     """
-    sum_losses = _sum_losses(graphdef, loss)
 
-    def step(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-        totals, counts = jax.lax.map(lambda microbatch: sum_losses(parameters, microbatch), batch)
-        return totals.sum(), counts.sum()
+    def score(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+        hidden, head = _run(graphdef, parameters, batch)
+        return score_tokens(hidden, head, batch["labels"])
+
+    def step(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+        sums = jax.lax.map(lambda microbatch: score(parameters, microbatch), batch)
+        return jax.tree.map(jnp.sum, sums)
 
     return step
+
+
+def _run(graphdef: nnx.GraphDef, parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
+    """Of a microbatch [B, ...] the hidden states float[B, T, D], and the head float[D, V]."""
+    model = bind(graphdef, parameters)
+    hidden = model(
+        batch["tokens"],
+        batch["images"],
+        batch["positions"],
+        batch["segment_ids"],
+        batch.get("feature_ids"),
+    )
+    return hidden, model.language_model.head()
 
 
 def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
     """Returns a function of parameters by name and a microbatch [B, ...] -> sum of losses, supervised tokens."""
 
     def sum_losses(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
-        model = bind(graphdef, parameters)
-        hidden = model(
-            batch["tokens"],
-            batch["images"],
-            batch["positions"],
-            batch["segment_ids"],
-            batch.get("feature_ids"),
-        )
-        head = model.language_model.head()
+        hidden, head = _run(graphdef, parameters, batch)
         return supervised_cross_entropy(hidden, head, batch["labels"], chunk_size=loss.chunk_size)
 
     return sum_losses

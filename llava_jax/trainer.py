@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax import report
-from llava_jax.config import Config, ConfigError, to_json
+from llava_jax.config import Config, ConfigError, one_of, to_json
 from llava_jax.convert.adapter_export import ADAPTER_LAYOUTS, write_adapter
 from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource
@@ -25,11 +25,13 @@ from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.planning.out_of_memory import explain_out_of_memory
 from llava_jax.processes import agree, code_version, from_first, is_first, together, wait_for_all
 from llava_jax.recipe import Recipe
+from llava_jax.reporting import check_reporters, open_reporters
 from llava_jax.run_adapter import check_adapter, open_run_adapter
 from llava_jax.run_directory import flatten, open_run_directory
 from llava_jax.sharding import check_model, make_mesh, own_rows
 from llava_jax.stage import Stage, train_stage
 from llava_jax.step import abstract_model
+from llava_jax.validation import metric_names
 from llava_jax.weights import after_stage, checkpoint_directory, initial_weights
 
 
@@ -49,6 +51,8 @@ def run(recipe: Recipe, workdir: Path) -> None:
         )
         weights = initial_weights(recipe.first)
         tokenizer = _load_tokenizer(weights)
+        for config in recipe.stages.values():
+            check_reporters(config)
         stages = [
             _make_stage(name, config, tokenizer, mesh, workdir) for name, config in recipe.stages.items()
         ]
@@ -83,12 +87,13 @@ def _settings(recipe: Recipe) -> dict[str, object]:
 
 
 def _fingerprints(stages: list[Stage]) -> dict[str, str]:
-    return {
-        f"the data of {stage.name or 'the run'}{' for evaluation' if data is stage.evaluation else ''}": data.fingerprint
-        for stage in stages
-        for data in (stage.pipeline, stage.evaluation)
-        if data
-    }
+    facts = {}
+    for stage in stages:
+        what = f"the data of {stage.name or 'the run'}"
+        facts[what] = stage.pipeline.fingerprint
+        for name, data in stage.evaluations.items():
+            facts[f"{what} for evaluation {name}".strip()] = data.fingerprint
+    return facts
 
 
 @contextlib.contextmanager
@@ -121,7 +126,10 @@ def _run_stages(
     log = MetricsLog(workdir / "metrics.jsonl", read_only=not is_first())
     results = {}
     for stage in stages:
-        with explain_out_of_memory(stage.config, mesh, stage.pipeline.shapes(0, stage.num_steps)):
+        with (
+            explain_out_of_memory(stage.config, mesh, stage.pipeline.shapes(0, stage.num_steps)),
+            _reporting(stage, log, workdir),
+        ):
             results[stage.name] = train_stage(stage, weights, mesh, log)
         # Training has verified its checkpoint, or just written it.
         weights = after_stage(weights, stage.config, stage.checkpoints, verify=False)
@@ -142,8 +150,23 @@ def _run_stages(
     wait_for_all("the end of the run", timeout=6 * 3600.0)  # process 0 may have an export to write
 
 
+@contextlib.contextmanager
+def _reporting(stage: Stage, log: MetricsLog, workdir: Path) -> Iterator[None]:
+    """While the stage trains, what it logs is also told to those whom train.report_to names; process 0 does it."""
+    with contextlib.ExitStack() as opened:
+        if is_first():
+            log.reporters = open_reporters(stage.config, stage.name, workdir)
+            for reporter in log.reporters:
+                opened.callback(reporter.close)
+        yield
+    log.reporters = []
+
+
 def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> Stage:
-    training, evaluation = open_datasets(config.data, config.seed)
+    training, evaluations = open_datasets(config.data, config.seed)
+    one_of(
+        "train.metric_for_best_model", config.train.metric_for_best_model, tuple(metric_names(evaluations))
+    )
     make = partial(
         Pipeline,
         config.data,
@@ -161,7 +184,10 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, wor
         name,
         config,
         make(training, report=workdir / f"bad_samples{suffix}.jsonl"),
-        make(evaluation, report=workdir / f"bad_evaluation_samples{suffix}.jsonl") if evaluation else None,
+        {
+            own: make(data, report=workdir / f"bad_evaluation_samples{own and f'_{own}'}{suffix}.jsonl")
+            for own, data in evaluations.items()
+        },
         checkpoint_directory(workdir, name),
     )
 

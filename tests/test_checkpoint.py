@@ -141,8 +141,10 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, capsys):
 
 
 def test_a_directory_that_cannot_be_written_does_not_stop_training(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    save_steps(tmp_path / "file/checkpoints", 1)  # no directory can be made below a file
+    with contextlib.closing(open_checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        (tmp_path / "checkpoints").rmdir()
+        (tmp_path / "checkpoints").touch()  # no directory can be made below a file
+        checkpoints.save(corruption.make_state(1), {"step": 1})
     assert "checkpoint 1 could not be saved" in capsys.readouterr().err
 
 

@@ -120,6 +120,18 @@ def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
         (["--confg=x"], 10, "config"),
         (["--config.optimizer.learning_rate=1e-5"], 10, "it may be stages.NAME.optimizer"),
         (["--config.stages.finetune.data.template=v9"], 10, "data.template='v9' is not one of"),
+        (["--config.model_max_length=9"], 10, "`model_max_length` is `data.max_length` here"),
+        (
+            ["--config.stages.finetune.train.num_train_epochs=2"],
+            10,
+            "`num_train_epochs` is `train.num_epochs` here.",
+        ),
+        (["--config.optim=lion"], 10, "`optim` has no counterpart here: "),
+        (
+            ["--per_device_train_batch_size=4"],
+            10,
+            "There is no flag --per_device_train_batch_size. `per_device_train_batch_size` is `data.batch_size` here: rows",
+        ),
         (["--config.lr=1"], 10, "no setting 'lr' there"),
         (
             ["--config.stages.finetune.train.learning_rate=1"],

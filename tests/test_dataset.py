@@ -141,8 +141,8 @@ def test_weights_fit_the_files(write):
 @pytest.mark.parametrize(("val_size", "count"), [(0.25, 10), (0.001, 1), (1.0, 1), (7.0, 7), (39.0, 39)])
 def test_what_is_evaluated_on_is_not_trained_on(write, val_size, count):
     path = f"{write('a.json', records(*range(30)))},{write('b.json', records(*range(30, 40)))}"
-    training, evaluation = open_datasets(DataConfig(path=path, val_size=val_size, weights=(1.0, 3.0)), 1)
-    trained, evaluated = ids(training), ids(evaluation)
+    training, evaluations = open_datasets(DataConfig(path=path, val_size=val_size, weights=(1.0, 3.0)), 1)
+    trained, evaluated = ids(training), ids(evaluations[""])
     assert len(evaluated) == count
     assert {*trained, *evaluated} == {str(number) for number in range(40)}
     assert not {*trained} & {*evaluated}
@@ -165,12 +165,21 @@ def test_evaluation_may_have_files_of_its_own(write):
     config = DataConfig(
         path=write("a.json", records(*"xy")), eval_path=write("b.json", records(*"uvw")), max_samples=2
     )
-    training, evaluation = open_datasets(config, 1)
-    assert (ids(training), ids(evaluation)) == (["x", "y"], ["u", "v"])
+    training, evaluations = open_datasets(config, 1)
+    assert (ids(training), ids(evaluations[""])) == (["x", "y"], ["u", "v"])
+
+
+def test_evaluation_sets_are_told_apart_by_name(write):
+    path, u, v = (write(f"{name}.json", records(*name)) for name in ("xy", "u", "v"))
+    _, evaluations = open_datasets(DataConfig(path=path, eval_path=f"seen={u}, unseen={v}"), 1)
+    assert {name: ids(data) for name, data in evaluations.items()} == {"seen": ["u"], "unseen": ["v"]}
+    for wrong, message in ((f"seen={u},{v}", "for all, or for none"), (f"a={u},a={v}", "two sets one name")):
+        with pytest.raises(ConfigError, match=message):
+            open_datasets(DataConfig(path=path, eval_path=wrong), 1)
 
 
 def test_without_evaluation_there_is_none(write):
-    assert open_datasets(DataConfig(path=write("a.json", records("x"))), 1)[1] is None
+    assert open_datasets(DataConfig(path=write("a.json", records("x"))), 1)[1] == {}
 
 
 @pytest.mark.parametrize(

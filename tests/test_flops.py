@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llava_jax.config import LossConfig, ModelConfig, TextConfig, TuneConfig, VisionConfig
+from llava_jax.config import ModelConfig, TextConfig, TuneConfig, VisionConfig
 from llava_jax.flops import Work, causal_pairs, training_flops
 from llava_jax.step import abstract_model, make_eval_step
 
@@ -94,7 +94,7 @@ def test_flops_equal_what_xla_counts_of_the_unrolled_forward_pass():
         key: jax.ShapeDtypeStruct((1, B, T), jnp.int32)
         for key in ("tokens", "labels", "positions", "segment_ids")
     } | {"images": jax.ShapeDtypeStruct((1, B, M, 56, 56, 3), jnp.uint8)}
-    step = make_eval_step(graphdef, LossConfig(chunk_size=T - 1))
+    step = make_eval_step(graphdef)
     counted = jax.jit(step).lower(parameters, batch).cost_analysis()["flops"]
 
     work = Work(tokens=B * T, pairs=B * T * T, images=B * M, supervised=B * (T - 1))

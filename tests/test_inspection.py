@@ -55,7 +55,8 @@ def write(folder, records, name="records.json"):
 def look(folder, path, *, decode=True, num_previews=0, model=MODEL, evaluation=False, **settings):
     defaults = {"image_folder": str(folder), "max_length": 300, "cache_dir": "", "num_threads": 2}
     config = Config(model=model, data=DataConfig(path=path, **defaults | settings))
-    dataset = open_datasets(config.data, config.seed)[evaluation]
+    training, evaluations = open_datasets(config.data, config.seed)
+    dataset = evaluations[""] if evaluation else training
     tokenizer = load_tokenizer(str(folder))
     return inspect(dataset, config, tokenizer, decode=decode, num_previews=num_previews)
 

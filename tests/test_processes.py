@@ -93,6 +93,9 @@ def test_two_processes_train_evaluate_and_export_as_one_does(start, shapes_datas
         "--config.evaluate.max_new_tokens=2",
         "--config.export.layout=llava-hf",
         "--config.data.val_size=8",
+        "--config.train.eval_steps=2",
+        "--config.train.load_best_model_at_end=True",
+        "--config.train.metric_for_best_model=eval_token_accuracy",
     )
     alone = start(1, *flags, workdir="alone")
     assert [code for code, _ in finish(alone)] == [0]
@@ -103,9 +106,9 @@ def test_two_processes_train_evaluate_and_export_as_one_does(start, shapes_datas
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("run", "alone")
     )
-    assert len(ours) == 5
+    assert len(ours) == 6
     for mine, other in zip(ours, theirs, strict=True):
-        for key in ("step", "loss", "grad_norm", "num_supervised_tokens", "eval_loss"):
+        for key in ("step", "loss", "grad_norm", "num_supervised_tokens", "eval_loss", "eval_token_accuracy"):
             np.testing.assert_allclose(mine.get(key, 0), other.get(key, 0), rtol=1e-5, err_msg=key)
     answers = [
         json.loads((tmp_path / run / "all_results.json").read_text())["eval_accuracy"]

@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.compile_attention import ENVIRONMENT, Case, compile_case
-from llava_jax.config import Config, LossConfig, ModelConfig, TextConfig, TrainConfig, VisionConfig
+from llava_jax.config import Config, ModelConfig, TextConfig, TrainConfig, VisionConfig
 from llava_jax.kernels.flash_tpu import flash_attention
 from llava_jax.sharding import AXES, ROWS, attention_placement, constrain_rows, parameter_sharding, replicated
 from llava_jax.step import abstract_model, make_eval_step, model_settings
@@ -107,5 +107,5 @@ def test_auto_puts_the_kernel_into_a_model_that_is_spread_over_rows_and_heads():
     tokens = array((1, 4, 640), jnp.int32, rows)
     batch = {name: tokens for name in ("tokens", "positions", "segment_ids", "labels")}
     batch["images"] = array((1, 4, 1, 168, 168, 3), jnp.uint8, rows)
-    step = jax.jit(make_eval_step(graphdef, LossConfig()), out_shardings=replicated(mesh))
+    step = jax.jit(make_eval_step(graphdef), out_shardings=replicated(mesh))
     assert kernels_of(step.trace(parameters, batch)) == 2  # CLIP's and the decoder's, in their layer loops

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -93,8 +94,8 @@ class Dataset:
         )
 
 
-def open_datasets(config: DataConfig, seed: int) -> tuple[Dataset, Dataset | None]:
-    """Opens what a run trains on and, if `config` asks for it, what it evaluates on.
+def open_datasets(config: DataConfig, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
+    """Opens what a run trains on, and the sets that it evaluates on by name: none, "" alone, or those of NAME=FILE.
 
     Files are indexed, their records not yet read. Raises ConfigError for settings that do not fit together,
     DataError for files that cannot be read.
@@ -105,11 +106,11 @@ def open_datasets(config: DataConfig, seed: int) -> tuple[Dataset, Dataset | Non
             f"data.weights has {len(config.weights)} numbers for {len(sources)} files; give one for each."
         )
     chosen = Dataset(sources, _choose(sources, counts, config.max_samples, seed), config.video_frames)
-    evaluation = _open_evaluation(config, seed)
+    evaluations = _open_evaluations(config, seed)
     if config.val_size:
-        chosen, evaluation = split_dataset(chosen, config.val_size, seed)
+        chosen, evaluations[""] = split_dataset(chosen, config.val_size, seed)
     # Samples are repeated behind the split: none is both trained and evaluated on.
-    return _repeat(chosen, config.weights, seed), evaluation
+    return _repeat(chosen, config.weights, seed), evaluations
 
 
 def split_dataset(dataset: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -156,12 +157,30 @@ def _open_sources(config: DataConfig) -> tuple[tuple[Source, ...], list[int | No
     return sources, [entry.num_samples for entry in entries]
 
 
-def _open_evaluation(config: DataConfig, seed: int) -> Dataset | None:
-    if not config.eval_path:
-        return None
-    sources = _open_files(config.eval_path, config.image_folder, "data.eval_path")
-    picks = _choose(sources, [None] * len(sources), config.max_samples, seed)
-    return Dataset(sources, picks, config.video_frames)
+def _open_evaluations(config: DataConfig, seed: int) -> dict[str, Dataset]:
+    datasets = {}
+    for name, paths in _named_sets(config.eval_path).items():
+        sources = _open_files(paths, config.image_folder, "data.eval_path")
+        picks = _choose(sources, [None] * len(sources), config.max_samples, seed)
+        datasets[name] = Dataset(sources, picks, config.video_frames)
+    return datasets
+
+
+def _named_sets(eval_path: str) -> dict[str, str]:
+    """ "a=x.json,b=y.json" -> {"a": "x.json", "b": "y.json"}; without names -> {"": eval_path}."""
+    if not eval_path:
+        return {}
+    matches = [re.fullmatch(r"(\w+)=(.+)", part.strip()) for part in eval_path.split(",")]
+    if not any(matches):
+        return {"": eval_path}
+    if not all(matches):
+        raise ConfigError(
+            f"data.eval_path={eval_path!r} names some of its files; write NAME=FILE for all, or for none."
+        )
+    names = [match[1] for match in matches]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"data.eval_path={eval_path!r} gives two sets one name; call them differently.")
+    return {match[1]: match[2] for match in matches}
 
 
 def _open_files(paths: str, image_folder: str, setting: str) -> tuple[Source, ...]:
