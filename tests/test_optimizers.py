@@ -167,7 +167,7 @@ def test_muon_orthogonalises_each_layer_as_torch_does_and_leaves_the_rest_to_ada
     for name in matrices:
         moved, theirs = found[name] - params[name], expected[name] - params[name]
         # torch computes in bfloat16, and corrects no bias of the momentum.
-        assert np.linalg.norm(moved - theirs) < 0.05 * np.linalg.norm(theirs), name
+        assert np.linalg.norm(moved - theirs) < 0.1 * np.linalg.norm(theirs), name
     adam, _ = run(OptimizerConfig(learning_rate=1e-2, **CONSTANT), params, grads)
     np.testing.assert_array_equal(found[BIAS], adam[BIAS])
 
