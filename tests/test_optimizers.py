@@ -169,7 +169,7 @@ def test_muon_orthogonalises_each_layer_as_torch_does_and_leaves_the_rest_to_ada
         # torch computes in bfloat16, and corrects no bias of the momentum.
         assert np.linalg.norm(moved - theirs) < 0.1 * np.linalg.norm(theirs), name
     adam, _ = run(OptimizerConfig(learning_rate=1e-2, **CONSTANT), params, grads)
-    np.testing.assert_array_equal(found[BIAS], adam[BIAS])
+    np.testing.assert_allclose(found[BIAS], adam[BIAS], rtol=1e-6)
 
 
 def test_embeddings_head_norms_and_biases_are_no_hidden_matrices():
@@ -184,10 +184,10 @@ def test_embeddings_head_norms_and_biases_are_no_hidden_matrices():
 
 
 def adam_error(settings: dict, num_steps: int) -> float:
-    """How far a run ends from float32 AdamW's end, relative to the way; gradients over four orders of magnitude."""
+    """How far a run ends from float32 AdamW's end, relative to the way; gradients differ by row and column."""
     shapes = {STACK: (2, 16, 512)}
-    start = draw(shapes, 0)
-    sizes = 10 ** np.random.default_rng(1).uniform(-6, -2, shapes[STACK]).astype(np.float32)
+    start, rng = draw(shapes, 0), np.random.default_rng(1)
+    sizes = 1e-4 * np.exp(rng.normal(size=(2, 16, 1)) + rng.normal(size=(2, 1, 512))).astype(np.float32)
     grads = [{STACK: sizes * (0.3 + draw(shapes, seed)[STACK])} for seed in range(2, 2 + num_steps)]
     config = OptimizerConfig(learning_rate=1e-3, **CONSTANT)
     expected = run(config, start, grads)[0][STACK] - start[STACK]
@@ -196,8 +196,8 @@ def adam_error(settings: dict, num_steps: int) -> float:
 
 
 def test_moments_of_few_bits_end_near_those_of_many():
-    assert adam_error({"moment_dtype": "bfloat16"}, 100) < 0.005
-    assert adam_error({"name": "adamw_8bit"}, 100) < 0.1
+    assert 1e-6 < adam_error({"moment_dtype": "bfloat16"}, 50) < 0.005
+    assert 1e-6 < adam_error({"name": "adamw_8bit"}, 50) < 0.06
 
 
 @pytest.mark.parametrize("settings", [{"moment_dtype": "bfloat16"}, {"name": "adamw_8bit"}])
@@ -243,18 +243,26 @@ def test_moments_are_cut_as_their_parameters_are(settings):
         if leaf.shape == parameter.shape:
             assert leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim), name
         else:
-            assert leaf.size <= max(parameter.size // 50, sum(parameter.shape) * parameter.shape[0]), name
-    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for _, leaf in leaf_names(state.opt_state))
-    assert held < 0.2 * sum(leaf.size for _, leaf in leaf_names(state.opt_state)) or settings == EVERY[8]
+            assert leaf.ndim == parameter.ndim, name
+            assert leaf.size <= parameter.size // 16, (
+                name
+            )  # the smallest dimension of a matrix; blocks are larger
+    kept = {
+        name: leaf for name, leaf in leaf_names(state.opt_state) if leaf.shape == state.trainable[name].shape
+    }
+    assert settings["name"] in ("sgd", "adafactor") or kept.keys() == state.trainable.keys()
 
 
-@every_optimizer
+@pytest.mark.parametrize(
+    "settings", [EVERY[i] for i in (2, 3, 7, 10)], ids=["adamw_8bit", "adafactor", "muon", "average"]
+)
 def test_eight_devices_update_as_one_and_a_checkpoint_continues_bit_by_bit(settings, tmp_path):
-    shapes = {n: leaf.shape for n, leaf in make_program(settings).abstract_trainable().items()}
+    tune = {"language_model": "partial", "language_model_modules": "lm_head,norm", "projector": "full"}
+    shapes = {n: leaf.shape for n, leaf in make_program(settings, **tune).abstract_trainable().items()}
     start, grads = draw(shapes, 0), [draw(shapes, seed) for seed in range(1, 4)]
     ends = []
     for sizes in ((1, 1, 1), (1, 4, 2)):
-        program = make_program({"learning_rate": 1e-3, **settings, **CONSTANT}, sizes)
+        program = make_program({"learning_rate": 1e-3, **settings, **CONSTANT}, sizes, **tune)
         update = update_of(program)
         state = program.new_state(start)
         for grad in grads[:2]:

@@ -1,20 +1,22 @@
-"""Adam's moments in fewer bytes: bfloat16, or 8 bits with a scale per block, rounded so that the mean stays right.
+"""Adam's moments in fewer bytes: bfloat16, or 8 bits with a scale per block.
 
-A moment changes by a thousandth per step (beta2=0.999), less than such numbers can tell apart: rounded to the nearest
-it would stay where it is. Here it is rounded up as often as it lies near the upper neighbour, by a sequence that is
-even over the steps and a function of the step, so that a continued run rounds alike.
+A second moment changes by a thousandth per step (beta2=0.999), less than such numbers can tell apart: rounded to the
+nearest it would never fade. It is rounded up as often as it lies near the upper neighbour, by a sequence that is even
+over the steps and a function of the step, so that a continued run rounds alike. First moments change by a tenth.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llava_jax.optimizers.parameters import is_embedding
 
 BLOCK = 256  # numbers of the last axis under one scale, as in bitsandbytes
 _SMALLEST = 4096  # smaller parameters keep 32 bits, as in bitsandbytes (min_8bit_size)
+_NEAREST = np.uint32(2**31)
 # Fractional parts of multiples of these are spread evenly: powers of the inverse of the positive root of
 # x^5 = x + 1, times 2^32 (the "R" sequences, https://extremelearning.com.au/unreasonable-effectiveness-of-quasirandom-sequences).
 _STRIDES = tuple(int(2**32 / 1.1673039782614187**i) for i in range(1, 5))
@@ -52,10 +54,10 @@ def scale_by_stored_adam(
 
 def _encode(name: str, x: jax.Array, count: jax.Array, *, bits: int, signed: bool):
     if bits == 16:
-        return to_bfloat16(x, _thresholds(x.shape, count, signed))
+        return x.astype(jnp.bfloat16) if signed else to_bfloat16(x, _thresholds(x.shape, count))
     if is_embedding(name) or x.size < _SMALLEST:
         return x
-    return to_blocks(x, _thresholds(x.shape, count, signed), signed=signed)
+    return to_blocks(x, _NEAREST if signed else _thresholds(x.shape, count), signed=signed)
 
 
 def _decode(stored: Blocks | jax.Array) -> jax.Array:
@@ -71,6 +73,7 @@ def to_bfloat16(x: jax.Array, thresholds: jax.Array) -> jax.Array:
 def to_blocks(x: jax.Array, thresholds: jax.Array, *, signed: bool) -> Blocks:
     """x float32[..., n] in int8 (signed) or uint8 codes; the scale is a block's largest magnitude.
 
+    A number is rounded up where its place between two codes exceeds the threshold, uint32[..., n] or [].
     Codes are even in the square root of first moments and in the fourth root of second ones, which spread over twice
     the orders of magnitude. No second moment becomes 0, for updates are divided by it.
     """
@@ -101,10 +104,9 @@ def _spread(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(scales[..., None], (*scales.shape, shape[-1] // scales.shape[-1])).reshape(shape)
 
 
-def _thresholds(shape: tuple[int, ...], count: jax.Array, signed: bool) -> jax.Array:
+def _thresholds(shape: tuple[int, ...], count: jax.Array) -> jax.Array:
     """uint32[shape], spread evenly over all of its values, from element to element and from step to step."""
-    step = count.astype(jnp.uint32) * jnp.uint32(_STRIDES[0])
-    values = step + jnp.uint32(2**31 if signed else 0)  # the two moments of a step are rounded apart
+    values = count.astype(jnp.uint32) * jnp.uint32(_STRIDES[0])
     for axis, stride in zip(range(len(shape)), _STRIDES[1:], strict=False):
         values = values + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
     return values
