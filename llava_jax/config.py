@@ -417,20 +417,47 @@ class LoraConfig:
         return ("lora.target", self.target) if own is None else (f"lora.{module}_target", own)
 
 
+# Which settings an optimizer and a schedule read that not all of them do.
+OPTIMIZERS = {
+    "adamw": ("beta1", "beta2", "epsilon", "moment_dtype"),
+    "adamw_8bit": ("beta1", "beta2", "epsilon"),
+    "adafactor": (),
+    "lion": ("beta1", "beta2", "moment_dtype"),
+    "muon": ("beta1", "beta2", "epsilon", "momentum", "moment_dtype"),
+    "sgd": ("momentum", "moment_dtype"),
+}
+SCHEDULES = {
+    "cosine": ("warmup_ratio", "warmup_steps"),
+    "cosine_with_min_lr": ("warmup_ratio", "warmup_steps", "min_lr_ratio"),
+    "linear": ("warmup_ratio", "warmup_steps"),
+    "constant": (),
+    "constant_with_warmup": ("warmup_ratio", "warmup_steps"),
+    "inverse_sqrt": ("warmup_ratio", "warmup_steps"),
+    "warmup_stable_decay": ("warmup_ratio", "warmup_steps", "min_lr_ratio", "decay_ratio"),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with the original's decay groups, under one schedule."""
+    """AdamW with the original's decay groups, under one schedule, or another optimizer with the same groups."""
 
+    name: str = "adamw"  # adafactor, lion, muon, sgd, adamw_8bit
     learning_rate: float = 2e-5
     vision_tower_learning_rate: float | None = None  # None: learning_rate
     projector_learning_rate: float | None = None
     language_model_learning_rate: float | None = None
     loraplus_lr_ratio: float = 1.0  # LoRA's B learns faster than its A, https://arxiv.org/abs/2402.12354
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # SCHEDULES, with the Hugging Face trainer's names and values
     warmup_ratio: float = 0.03
+    warmup_steps: int | None = None  # overrides warmup_ratio
+    min_lr_ratio: float = 0.0  # where cosine_with_min_lr and warmup_stable_decay end, as a share of the peak
+    decay_ratio: float = 0.1  # of warmup_stable_decay: the share of the run in which the rate falls
     beta1: float = 0.9
-    beta2: float = 0.999
+    beta2: float | None = None  # None: 0.999, of Lion 0.99
     epsilon: float = 1e-8
+    momentum: float | None = None  # None: of Muon 0.95, of SGD none
+    moment_dtype: str = "float32"  # bfloat16 halves the memory of moments
+    ema_decay: float | None = None  # keeps an average of the trained parameters; None: does not
     weight_decay: float = 0.0
     vision_tower_weight_decay: float | None = None  # None: weight_decay
     projector_weight_decay: float | None = None
@@ -439,16 +466,18 @@ class OptimizerConfig:
     max_grad_norm: float | None = None
 
     def __post_init__(self):
-        one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        one_of("optimizer.name", self.name, tuple(OPTIMIZERS))
+        one_of("optimizer.schedule", self.schedule, tuple(SCHEDULES))
+        one_of("optimizer.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
         modules = ("vision_tower", "projector", "language_model")
         rates = ("learning_rate", *(f"{module}_learning_rate" for module in modules))
         for key in (*rates, "loraplus_lr_ratio", "epsilon"):
             if getattr(self, key) is not None:
                 _positive("optimizer", self, key)
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "momentum", "ema_decay", "min_lr_ratio"):
+            value = getattr(self, key)
             require(
-                0 <= getattr(self, key) < 1,
-                f"optimizer.{key}={getattr(self, key)} must lie in 0 to 1, 1 excluded.",
+                value is None or 0 <= value < 1, f"optimizer.{key}={value} must lie in 0 to 1, 1 excluded."
             )
         for key in ("weight_decay", *(f"{module}_weight_decay" for module in modules)):
             value = getattr(self, key)
@@ -458,8 +487,33 @@ class OptimizerConfig:
             f"optimizer.warmup_ratio={self.warmup_ratio} is a share of the run: 0 to 1.",
         )
         require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"optimizer.warmup_steps={self.warmup_steps} must not be negative.",
+        )
+        require(
+            0 < self.decay_ratio <= 1,
+            f"optimizer.decay_ratio={self.decay_ratio} is a share of the run above 0, at most 1.",
+        )
+        self._check_all_is_read("name", OPTIMIZERS)
+        self._check_all_is_read("schedule", SCHEDULES)
+        require(
             self.max_grad_norm is None or self.max_grad_norm > 0,
             f"optimizer.max_grad_norm={self.max_grad_norm} must be positive; None switches clipping off.",
+        )
+
+    def _check_all_is_read(self, choice: str, readers: dict[str, tuple[str, ...]]) -> None:
+        """Raises ConfigError if a setting is changed that this choice does not read, but another one does."""
+        value = getattr(self, choice)
+        for key in dict.fromkeys(key for keys in readers.values() for key in keys):
+            users = ", ".join(name for name, keys in readers.items() if key in keys)
+            require(
+                key in readers[value] or getattr(self, key) in (getattr(OptimizerConfig, key), 0),
+                f"optimizer.{key}={getattr(self, key)} reaches nothing with optimizer.{choice}={value!r}; drop it, "
+                f"or choose one of {users}.",
+            )
+        require(
+            choice != "name" or self.name != "sgd" or self.momentum or self.moment_dtype == "float32",
+            "optimizer.moment_dtype is set, but SGD without optimizer.momentum has no moments; drop it.",
         )
 
 
@@ -707,6 +761,11 @@ class Config:
         require(
             self.train.eval_steps is None or bool(self.data.val_size or self.data.eval_path),
             "train.eval_steps is set, but there is nothing to evaluate on; set data.val_size or data.eval_path.",
+        )
+        require(
+            self.optimizer.ema_decay is None or not self.train.load_best_model_at_end,
+            "optimizer.ema_decay ends a stage with averaged parameters, train.load_best_model_at_end with those of a "
+            "checkpoint, which are no averages; drop one.",
         )
         self._check_what_trains()
 

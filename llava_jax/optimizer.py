@@ -1,17 +1,28 @@
-"""AdamW as the original's trainer builds it, with each module's rate and decay."""
-
-import math
+"""The optimizer of a stage: a direction for each parameter, its module's decay and rate, under one schedule."""
 
 import jax.numpy as jnp
 import optax
 
 from llava_jax.config import OptimizerConfig
+from llava_jax.optimizers.adafactor import scale_by_adafactor
+from llava_jax.optimizers.averaging import average_parameters, averaged_parameters
+from llava_jax.optimizers.muon import scale_by_muon_and
+from llava_jax.optimizers.parameters import is_decayed
+from llava_jax.optimizers.schedules import make_schedule
+from llava_jax.optimizers.stored_moments import scale_by_stored_adam
 from llava_jax.tuning import LORA_B, learning_rates, module_of, weight_decays
 
+__all__ = [
+    "averaged_parameters",
+    "is_decayed",
+    "learning_rate",
+    "make_optimizer",
+    "make_schedule",
+    "weight_decay",
+]
 
-def is_decayed(name: str) -> bool:
-    """Weights are decayed; norms and biases are not (transformers' get_decay_parameter_names, as LLaVA uses it)."""
-    return not name.endswith((".scale", ".bias"))
+_LION_BETA2 = 0.99  # https://arxiv.org/abs/2302.06675
+_MUON_MOMENTUM = 0.95
 
 
 def weight_decay(name: str, config: OptimizerConfig) -> float:
@@ -25,23 +36,11 @@ def learning_rate(name: str, config: OptimizerConfig) -> float:
     return rate * config.loraplus_lr_ratio if name.endswith(f".{LORA_B}") else rate
 
 
-def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The share of the peak rate at each step: linear warmup from 0, then the shape, which ends at 0.
-
-    Warmup lasts ceil(warmup_ratio * num_steps) steps, as in transformers' trainer.
-    """
-    warmup = math.ceil(config.warmup_ratio * num_steps)
-    rest = max(1, num_steps - warmup)
-    after = {
-        "cosine": optax.cosine_decay_schedule(1.0, rest),
-        "linear": optax.linear_schedule(1.0, 0.0, rest),
-        "constant": optax.constant_schedule(1.0),
-    }[config.schedule]
-    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, max(1, warmup)), after], [warmup])
-
-
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """AdamW over a flat dict of parameters by name, with each module's rate under one schedule."""
+    """The optimizer over a flat dict of parameters by name, with each module's rate under one schedule.
+
+    Decay is decoupled from every direction, as AdamW's is: rate * decay * parameter is taken away.
+    """
     schedule = make_schedule(config, num_steps)
 
     def scale_by_rates(updates, count):
@@ -51,14 +50,38 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     def add_decay(updates, params):
         return {name: update + weight_decay(name, config) * params[name] for name, update in updates.items()}
 
-    steps = [
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.stateless(add_decay),
-        _with_count(scale_by_rates),
-    ]
+    steps = [_direction(config), optax.stateless(add_decay), _with_count(scale_by_rates)]
     if config.max_grad_norm is not None:
         steps.insert(0, optax.clip_by_global_norm(config.max_grad_norm))
+    if config.ema_decay is not None:
+        steps.append(average_parameters(config.ema_decay))
     return optax.chain(*steps)
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What is done with gradients before decay and rate."""
+    if config.name == "adafactor":
+        return scale_by_adafactor()
+    if config.name == "lion":
+        beta2 = _LION_BETA2 if config.beta2 is None else config.beta2
+        return optax.scale_by_lion(config.beta1, beta2, mu_dtype=config.moment_dtype)
+    if config.name == "muon":
+        momentum = _MUON_MOMENTUM if config.momentum is None else config.momentum
+        return scale_by_muon_and(_adam(config), momentum=momentum, moment_dtype=config.moment_dtype)
+    if config.name == "sgd":
+        if not config.momentum:
+            return optax.identity()
+        return optax.trace(config.momentum, accumulator_dtype=config.moment_dtype)
+    return _adam(config)
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    settings = (config.beta1, 0.999 if config.beta2 is None else config.beta2, config.epsilon)
+    if config.name == "adamw_8bit":
+        return scale_by_stored_adam(*settings, bits=8)
+    if config.moment_dtype == "bfloat16":
+        return scale_by_stored_adam(*settings, bits=16)
+    return optax.scale_by_adam(*settings)
 
 
 def _with_count(transform) -> optax.GradientTransformation:

@@ -171,8 +171,18 @@ def gradient_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, zero: in
 
 
 def moment_sharding(mesh: Mesh, name: str, shape: tuple[int, ...], *, offload: bool = False) -> NamedSharding:
-    """The sharding of the moments of the parameter `name`; `offload` puts them into the host's memory."""
-    sharding = _sharding(mesh, name, shape, over_fsdp=True)
+    """The sharding of the moments of the parameter `name`; `offload` puts them into the host's memory.
+
+    Moments may be shorter than the parameter along some dimensions (scales of blocks, means of rows): of those, what
+    does not divide is whole on every device. A parameter's own shape always divides (`check_model`).
+    """
+    partitions = _rows(name)
+    fitting = [partition for partition in partitions if not _misfit(mesh.shape, shape, partition)]
+    partition = [
+        axes if size % math.prod(mesh.shape[axis] for axis in _as_tuple(axes)) == 0 else None
+        for size, axes in zip(shape, (fitting or partitions)[0], strict=True)
+    ]
+    sharding = NamedSharding(mesh, PartitionSpec(*partition))
     return sharding.with_memory_kind("pinned_host") if offload else sharding
 
 

@@ -20,6 +20,7 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError, StoppedError
 from llava_jax.interruption import StopRequest
 from llava_jax.metrics import MetricsLog
+from llava_jax.optimizer import averaged_parameters
 from llava_jax.planning.peaks import peak_flops
 from llava_jax.processes import exchange, from_first
 from llava_jax.profiling import StepProfiler
@@ -176,7 +177,7 @@ class Loop:
         """Trains from after `first_step` on. The stage ends with its last step, or when evaluations have stalled."""
         num_steps, watchdog = self.stage.num_steps, self.checkpoints.watchdog
         if self.validation.is_due(first_step):  # a signal came before it
-            self.evaluate(first_step, state.trainable)
+            self.evaluate(first_step, _averaged(state).trainable)
         if first_step == num_steps or self.validation.has_stalled():
             if self.keeps_best:
                 self._save(state, first_step, ended=True)
@@ -205,7 +206,7 @@ class Loop:
                 stop, minutes_passed = agree(request.asked, self.checkpoints.is_due())
                 if not stop and self.validation.is_due(step):
                     self.recorder.flush()
-                    self.evaluate(step, state.trainable)
+                    self.evaluate(step, _averaged(state).trainable)
                 best = self.checkpoints.ranking[:1] == [step]
                 ended = step == num_steps or self.validation.has_stalled()
                 if stop or minutes_passed or step % save_interval == 0 or best or ended:
@@ -223,6 +224,7 @@ class Loop:
         meta = self.meta | {"step": step}
         with self.recorder.spending("checkpoint"):
             if ended and not stop:
+                state = _averaged(state)
                 best = self._best(step)
                 meta["evaluated_as"] = best
                 state = self._with_parameters_of(best, step, state)
@@ -268,6 +270,15 @@ class Loop:
 
     def _trace_directory(self) -> Path:
         return self.recorder.log.path.parent / "profile" / self.stage.name
+
+
+def _averaged(state: TrainState) -> TrainState:
+    """The state with the moving average of its parameters, where `optimizer.ema_decay` keeps one, in their place."""
+    average = averaged_parameters(state.opt_state)
+    if average is None:
+        return state
+    shardings = jax.tree.map(lambda parameter: parameter.sharding, state.trainable)
+    return dataclasses.replace(state, trainable=jax.device_put(average, shardings))
 
 
 def _peak_flops(mesh: Mesh) -> float | None:

@@ -64,7 +64,7 @@ def test_a_setting_that_every_stage_has_cannot_be_set_for_all():
     ("section", "key", "hint"),
     [
         ("data", "bath_size", "'data.bath_size'. Did you mean 'batch_size'?"),
-        ("optimizer", "warmup", "Did you mean 'warmup_ratio'?"),
+        ("optimizer", "warmup", "Did you mean 'warmup_steps'?"),
         ("data", "learning_rte", "Did you mean 'optimizer.learning_rate'?"),
         ("tune", "zzz", "Known: fresh_projector, language_model"),
     ],

@@ -4,11 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from transformers import get_cosine_schedule_with_warmup, get_scheduler
 
 from llava_jax.config import Config, OptimizerConfig, TuneConfig
 from llava_jax.optimizer import is_decayed, make_optimizer, make_schedule
@@ -25,24 +21,40 @@ NAMES = (
 )
 
 
-def scheduler(name, optimizer, warmup, num_steps):
-    if name == "constant":
-        return get_constant_schedule_with_warmup(optimizer, warmup)
-    make = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedule_with_warmup}[name]
-    return make(optimizer, warmup, num_steps)
+# transformers' own settings of a schedule, and ours that say the same of 37 steps
+SCHEDULES = [
+    ("cosine", {}, {}),
+    ("linear", {}, {}),
+    ("constant", {}, {}),
+    ("constant_with_warmup", {}, {}),
+    ("inverse_sqrt", {}, {}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1}, {"min_lr_ratio": 0.1}),
+    ("warmup_stable_decay", {"num_decay_steps": 8}, {"decay_ratio": 0.2}),
+    ("warmup_stable_decay", {"num_decay_steps": 4, "min_lr_ratio": 0.25}, {"min_lr_ratio": 0.25}),
+]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5, 1.0])
-def test_schedules_equal_transformers(schedule, warmup_ratio):
+@pytest.mark.parametrize(("schedule", "theirs", "ours"), SCHEDULES)
+@pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.0}, {"warmup_ratio": 0.03}, {"warmup_steps": 18}])
+def test_schedules_equal_transformers(schedule, theirs, ours, warmup):
     num_steps = 37
+    num_warmup_steps = warmup.get("warmup_steps", int(np.ceil(warmup.get("warmup_ratio", 0) * num_steps)))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    expected = scheduler(schedule, optimizer, int(np.ceil(warmup_ratio * num_steps)), num_steps)
-    ours = make_schedule(OptimizerConfig(schedule=schedule, warmup_ratio=warmup_ratio), num_steps)
+    expected = get_scheduler(schedule, optimizer, num_warmup_steps, num_steps, theirs)
+    if schedule == "constant":
+        warmup = {}
+    found = make_schedule(OptimizerConfig(schedule=schedule, **warmup, **ours), num_steps)
     for step in range(num_steps):
-        assert float(ours(step)) == pytest.approx(expected.get_last_lr()[0], abs=1e-6)
+        assert float(found(step)) == pytest.approx(expected.get_last_lr()[0], abs=1e-6)
         optimizer.step()
         expected.step()
+
+
+def test_warmup_may_take_the_whole_run_or_more():
+    for warmup in ({"warmup_ratio": 1.0}, {"warmup_steps": 37}):
+        schedule = make_schedule(OptimizerConfig(**warmup), 37)
+        assert [float(schedule(step)) for step in (0, 36)] == pytest.approx([0, 36 / 37], abs=1e-6)
+    assert float(make_schedule(OptimizerConfig(warmup_steps=74), 37)(37)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])

@@ -50,7 +50,7 @@ FLOORS = (
         "run_lock",
     ),
     ("kernels", "sharding", "processes", "agreement"),
-    ("models", "data", "optimizer"),
+    ("models", "data", "optimizer", "optimizers"),
     ("convert", "step", "recorder", "memory_peak", "profiling", "quickstart"),
     ("checkpoint", "saved_parameters", "program", "starting_adapters", "tuned_weights"),
     ("weights",),
