@@ -467,11 +467,13 @@ class LossConfig:
     """How token losses become one number."""
 
     normalize: str = "tokens"  # "microbatch": the original's mean of the microbatches' means
-    chunk_size: int = 512  # supervised tokens per row whose logits exist at one time
+    chunk_size: int = 2048  # supervised tokens per device whose logits exist at one time
+    z_loss: float = 0.0  # this share of the squared log-sum-exp of a token's logits is added to its loss
 
     def __post_init__(self):
         one_of("loss.normalize", self.normalize, ("tokens", "microbatch"))
         require(self.chunk_size > 0, f"loss.chunk_size={self.chunk_size} must be positive.")
+        require(0 <= self.z_loss < math.inf, f"loss.z_loss={self.z_loss} must not be negative.")
 
 
 ATTENTIONS = ("auto", "reference", "xla", "flash_tpu", "splash", "mosaic_gpu", "cudnn")

@@ -126,6 +126,7 @@ class Program:
             constrain_gradients=constrain_gradients(self.mesh, zero=self.config.sharding.zero),
             dropout=keys,
             seed=self.config.seed,
+            placement=attention_placement(self.mesh),
         )
         if self.config.sharding.offload_moments:
             step = self._with_moments_on_device(step)
@@ -133,7 +134,8 @@ class Program:
 
     def eval_step(self):
         """step(parameters, batch) -> (sum of losses, supervised tokens), jitted; see `make_eval_step`."""
-        return jax.jit(make_eval_step(self._network(dropout=False)[0], self.config.loss))
+        graphdef, _, _ = self._network(dropout=False)
+        return jax.jit(make_eval_step(graphdef, self.config.loss, placement=attention_placement(self.mesh)))
 
     def _abstract(self, name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.parameter_sharding(name, shape))

@@ -84,6 +84,7 @@ def make_train_step(
     constrain_gradients: Callable[[dict], dict] = lambda gradients: gradients,
     dropout: dict[str, jax.ShapeDtypeStruct] | None = None,
     seed: int = 0,
+    placement: Placement | None = None,
 ) -> Callable:
     """Returns step(state, frozen, batch) -> (state, metrics).
 
@@ -93,9 +94,10 @@ def make_train_step(
     whose loss or gradients are not finite is skipped: it changes nothing but `state.step`.
     `constrain_gradients` is applied to each microbatch's gradients by name; the trainer uses it to say how they lie
     on the devices. dropout: the shapes of the network's dropout keys, which are drawn anew from (seed, step, microbatch).
+    placement: how rows and vocabulary lie on several devices.
     """
 
-    sum_losses = _sum_losses(graphdef, loss)
+    sum_losses = _sum_losses(graphdef, loss, placement)
 
     def microbatch_loss(trainable, frozen, batch):
         keys = dropout_keys(dropout, batch["dropout_key"]) if dropout else {}
@@ -146,12 +148,14 @@ def make_train_step(
     return step
 
 
-def make_eval_step(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
+def make_eval_step(
+    graphdef: nnx.GraphDef, loss: LossConfig, *, placement: Placement | None = None
+) -> Callable:
     """Returns step(parameters, batch) -> the sum of the losses float32[] and the number of supervised tokens int32[].
 
-    parameters: all of the model's, by name. batch: as for a train step.
+    parameters: all of the model's, by name. batch: as for a train step, placement too.
     """
-    sum_losses = _sum_losses(graphdef, loss)
+    sum_losses = _sum_losses(graphdef, loss, placement)
 
     def step(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         totals, counts = jax.lax.map(lambda microbatch: sum_losses(parameters, microbatch), batch)
@@ -160,7 +164,7 @@ def make_eval_step(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
     return step
 
 
-def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
+def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig, placement: Placement | None) -> Callable:
     """Returns a function of parameters by name and a microbatch [B, ...] -> sum of losses, supervised tokens."""
 
     def sum_losses(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
@@ -173,7 +177,14 @@ def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
             batch.get("feature_ids"),
         )
         head = model.language_model.head()
-        return supervised_cross_entropy(hidden, head, batch["labels"], chunk_size=loss.chunk_size)
+        return supervised_cross_entropy(
+            hidden,
+            head,
+            batch["labels"],
+            chunk_size=loss.chunk_size,
+            z_loss=loss.z_loss,
+            placement=placement,
+        )
 
     return sum_losses
 
