@@ -489,7 +489,9 @@ class TrainConfig:
     dtype: str = "bfloat16"  # of the computation; trained parameters are always float32
     frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
     attention: str = "auto"  # or flash_tpu, splash, mosaic_gpu, cudnn, xla, reference (kernels/attention.py)
-    remat: str = "full"  # what the backward pass recomputes: full (most), dots, none
+    # What the backward pass recomputes: full (most), dots (attention and elementwise steps), minimal (only these; offload
+    # keeps what that keeps in the host's memory), none.
+    remat: str = "full"
     scan_unroll: int = 1  # layers per iteration of the layer loop
     log_steps: int = 10
     max_skipped_steps: int = 3  # so many steps in a row without finite loss and gradients end the run
@@ -501,7 +503,7 @@ class TrainConfig:
         for key in ("dtype", "frozen_dtype"):
             one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
         one_of("train.attention", self.attention, ATTENTIONS)
-        one_of("train.remat", self.remat, ("none", "dots", "full"))
+        one_of("train.remat", self.remat, ("none", "minimal", "offload", "dots", "full"))
         _positive("train", self, "num_epochs")
         require(
             self.max_steps is None or self.max_steps > 0,

@@ -11,6 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import Config, LossConfig, ModelConfig
+from llava_jax.errors import ConfigError
 from llava_jax.kernels.attention import Placement, attention, check_platform
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models.llava import LLaVA
@@ -192,10 +193,16 @@ def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig, placement: Placement |
 def model_settings(config: Config, constrain: Callable, placement: Placement | None = None) -> dict:
     """How the stage wants its network run, as keyword arguments of LLaVA.
 
-    placement: of attention's arrays on several devices. Raises ConfigError where train.attention cannot run.
+    placement: of attention's arrays on several devices. Raises ConfigError where train.attention or train.remat cannot
+    run.
     """
-    platform = placement.platform if placement else jax.default_backend()
-    check_platform(config.train.attention, platform)
+    device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
+    check_platform(config.train.attention, device.platform)
+    memories = {memory.kind for memory in device.addressable_memories()}
+    if config.train.remat == "offload" and "pinned_host" not in memories:
+        raise ConfigError(
+            f"train.remat='offload' needs memory of the host that a {device.device_kind} reads; use 'full'."
+        )
     return dict(
         attention=partial(attention, implementation=config.train.attention, placement=placement),
         dtype=jnp.dtype(config.train.dtype),
