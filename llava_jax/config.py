@@ -493,6 +493,9 @@ class TrainConfig:
     # keeps what that keeps in the host's memory), none.
     remat: str = "full"
     scan_unroll: int = 1  # layers per iteration of the layer loop
+    compiled_dir: str = (
+        "~/.cache/llava_jax/compiled"  # where compiled steps are kept for the next run; "": nowhere
+    )
     log_steps: int = 10
     max_skipped_steps: int = 3  # so many steps in a row without finite loss and gradients end the run
     hang_timeout_minutes: float | None = (

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from llava_jax.compiler import compiler_options
 from llava_jax.config import Config
 from llava_jax.optimizer import make_optimizer
 from llava_jax.sharding import (
@@ -130,7 +131,12 @@ class Program:
         )
         if self.config.sharding.offload_moments:
             step = self._with_moments_on_device(step)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(self.mesh)),
+            compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
+        )
 
     def eval_step(self):
         """step(parameters, batch) -> (sum of losses, supervised tokens), jitted; see `make_eval_step`."""

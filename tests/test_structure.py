@@ -46,7 +46,7 @@ FLOORS = (
         "flops",
         "run_lock",
     ),
-    ("kernels", "sharding", "processes", "agreement"),
+    ("kernels", "sharding", "processes", "agreement", "compiler"),
     ("models", "data", "optimizer"),
     ("convert", "step", "recorder", "quickstart"),
     ("checkpoint", "saved_parameters", "program", "starting_adapters", "tuned_weights"),
