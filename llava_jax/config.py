@@ -522,11 +522,13 @@ class LossConfig:
     """How token losses become one number."""
 
     normalize: str = "tokens"  # "microbatch": the original's mean of the microbatches' means
-    chunk_size: int = 512  # supervised tokens per row whose logits exist at one time
+    chunk_size: int = 2048  # supervised tokens per device whose logits exist at one time
+    z_loss: float = 0.0  # this share of the squared log-sum-exp of a token's logits is added to its loss
 
     def __post_init__(self):
         one_of("loss.normalize", self.normalize, ("tokens", "microbatch"))
         require(self.chunk_size > 0, f"loss.chunk_size={self.chunk_size} must be positive.")
+        require(0 <= self.z_loss < math.inf, f"loss.z_loss={self.z_loss} must not be negative.")
 
 
 def _check_interval(key: str, value: float | None) -> None:
@@ -555,8 +557,13 @@ class TrainConfig:
     dtype: str = "bfloat16"  # of the computation; trained parameters are always float32
     frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
     attention: str = "auto"  # or flash_tpu, splash, mosaic_gpu, cudnn, xla, reference (kernels/attention.py)
-    remat: str = "full"  # what the backward pass recomputes: full (most), dots, none
+    # What the backward pass recomputes: full (most), dots (attention and elementwise steps), minimal (only these; offload
+    # keeps what that keeps in the host's memory), none.
+    remat: str = "full"
     scan_unroll: int = 1  # layers per iteration of the layer loop
+    compiled_dir: str = (
+        "~/.cache/llava_jax/compiled"  # where compiled steps are kept for the next run; "": nowhere
+    )
     log_steps: int = 10
     report_to: str = "none"  # besides metrics.jsonl: tensorboard, wandb, or both with a comma between
     profile_steps: str = ""  # "10:13" traces the steps 10, 11 and 12 with jax.profiler
@@ -576,7 +583,7 @@ class TrainConfig:
         for key in ("dtype", "frozen_dtype"):
             one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
         one_of("train.attention", self.attention, ATTENTIONS)
-        one_of("train.remat", self.remat, ("none", "dots", "full"))
+        one_of("train.remat", self.remat, ("none", "minimal", "offload", "dots", "full"))
         _positive("train", self, "num_epochs")
         require(
             self.max_steps is None or self.max_steps > 0,

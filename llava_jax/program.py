@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from llava_jax.compiler import compiler_options
 from llava_jax.config import Config
 from llava_jax.optimizer import make_optimizer
 from llava_jax.sharding import (
@@ -126,10 +127,16 @@ class Program:
             constrain_gradients=constrain_gradients(self.mesh, zero=self.config.sharding.zero),
             dropout=keys,
             seed=self.config.seed,
+            placement=attention_placement(self.mesh),
         )
         if self.config.sharding.offload_moments:
             step = self._with_moments_on_device(step)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(self.mesh)),
+            compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
+        )
 
     def eval_step(self):
         """step(parameters, batch) -> sums over its supervised tokens, jitted; see `make_eval_step`."""

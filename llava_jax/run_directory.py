@@ -27,6 +27,7 @@ HARMLESS = (
     "train.attention",
     "train.remat",
     "train.scan_unroll",
+    "train.compiled_dir",
     "checkpoint.",
     "name",
     "data.path",  # what the files hold is told by the pipeline's fingerprint

@@ -11,6 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import Config, LossConfig, ModelConfig
+from llava_jax.errors import ConfigError
 from llava_jax.kernels.attention import Placement, attention, check_platform
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.kernels.token_scores import score_tokens
@@ -85,6 +86,7 @@ def make_train_step(
     constrain_gradients: Callable[[dict], dict] = lambda gradients: gradients,
     dropout: dict[str, jax.ShapeDtypeStruct] | None = None,
     seed: int = 0,
+    placement: Placement | None = None,
 ) -> Callable:
     """Returns step(state, frozen, batch) -> (state, metrics).
 
@@ -94,9 +96,10 @@ def make_train_step(
     whose loss or gradients are not finite is skipped: it changes nothing but `state.step`.
     `constrain_gradients` is applied to each microbatch's gradients by name; the trainer uses it to say how they lie
     on the devices. dropout: the shapes of the network's dropout keys, which are drawn anew from (seed, step, microbatch).
+    placement: how rows and vocabulary lie on several devices.
     """
 
-    sum_losses = _sum_losses(graphdef, loss)
+    sum_losses = _sum_losses(graphdef, loss, placement)
 
     def microbatch_loss(trainable, frozen, batch):
         keys = dropout_keys(dropout, batch["dropout_key"]) if dropout else {}
@@ -150,7 +153,7 @@ def make_train_step(
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable:
     """Returns step(parameters, batch) -> the sums of `score_tokens`: losses, tokens that were the likeliest, tokens.
 
-    parameters: all of the model's, by name. batch: as for a train step.
+    parameters: all of the model's, by name. batch: as for a train step, placement too.
     """
 
     def score(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -177,12 +180,19 @@ def _run(graphdef: nnx.GraphDef, parameters: dict, batch: dict) -> tuple[jax.Arr
     return hidden, model.language_model.head()
 
 
-def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
+def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig, placement: Placement | None) -> Callable:
     """Returns a function of parameters by name and a microbatch [B, ...] -> sum of losses, supervised tokens."""
 
     def sum_losses(parameters: dict, batch: dict) -> tuple[jax.Array, jax.Array]:
         hidden, head = _run(graphdef, parameters, batch)
-        return supervised_cross_entropy(hidden, head, batch["labels"], chunk_size=loss.chunk_size)
+        return supervised_cross_entropy(
+            hidden,
+            head,
+            batch["labels"],
+            chunk_size=loss.chunk_size,
+            z_loss=loss.z_loss,
+            placement=placement,
+        )
 
     return sum_losses
 
@@ -190,10 +200,16 @@ def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig) -> Callable:
 def model_settings(config: Config, constrain: Callable, placement: Placement | None = None) -> dict:
     """How the stage wants its network run, as keyword arguments of LLaVA.
 
-    placement: of attention's arrays on several devices. Raises ConfigError where train.attention cannot run.
+    placement: of attention's arrays on several devices. Raises ConfigError where train.attention or train.remat cannot
+    run.
     """
-    platform = placement.platform if placement else jax.default_backend()
-    check_platform(config.train.attention, platform)
+    device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
+    check_platform(config.train.attention, device.platform)
+    memories = {memory.kind for memory in device.addressable_memories()}
+    if config.train.remat == "offload" and "pinned_host" not in memories:
+        raise ConfigError(
+            f"train.remat='offload' needs memory of the host that a {device.device_kind} reads; use 'full'."
+        )
     return dict(
         attention=partial(attention, implementation=config.train.attention, placement=placement),
         dtype=jnp.dtype(config.train.dtype),

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax import report
+from llava_jax.compiler import keep_compiled
 from llava_jax.config import Config, ConfigError, one_of, to_json
 from llava_jax.convert.adapter_export import ADAPTER_LAYOUTS, write_adapter
 from llava_jax.convert.export import check_layout, write_hf
@@ -37,6 +38,7 @@ from llava_jax.weights import after_stage, checkpoint_directory, initial_weights
 
 def run(recipe: Recipe, workdir: Path) -> None:
     """Trains every stage of a recipe in `workdir`, or continues where an earlier run of it stopped."""
+    keep_compiled(recipe.last.train.compiled_dir)
     with together("preparing"):
         if recipe.prepare and is_first():
             recipe.prepare()
@@ -74,6 +76,7 @@ _LOCAL_SETTINGS = (
     "data.dataset_dir",
     "data.eval_path",
     "data.cache_dir",
+    "train.compiled_dir",
     "init.",
 )
 

@@ -248,6 +248,28 @@ def test_only_weights_and_gradients_travel_and_logits_are_never_whole(sizes, cap
     assert max(math.prod(shape) for _, shape in shapes_in(hlo)) < rows * T * V // sizes[2]
 
 
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2)], ids=str)
+def test_the_gradient_of_the_head_is_reduced_once_per_microbatch_and_not_per_chunk(sizes):
+    hlo = lower(make_config(sizes, dtype="bfloat16")).compile().as_text()
+    head = {D, V // sizes[2]}
+    reduced, gathered = (
+        [shape for kind in kinds for _, shape in collectives(hlo)[kind] if head <= {*shape}]
+        for kinds in (("all-reduce", "reduce-scatter"), ("all-gather",))
+    )
+    # XLA puts reductions of other gradients into one with it; the embeddings' has its size, and no gather.
+    assert reduced.count((D, V // sizes[2])) == 1, reduced
+    assert gathered.count((D, V // sizes[2])) == 1, gathered
+    in_chunks = [
+        shape
+        for line in hlo.splitlines()
+        if "shard_map/while" in line
+        for types, _ in COLLECTIVE.findall(line)
+        for _, shape in shapes_in(types)
+    ]
+    # Where the vocabulary is split: largest logit, sum, the target's logit, and the gradient of the states.
+    assert sorted(in_chunks) == ([] if sizes[2] == 1 else [(32,), (32,), (32,), (32, D)])
+
+
 def test_every_parameter_of_every_architecture_has_a_row_in_the_table():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     for bias in ("none", "qkv", "qkvo"):

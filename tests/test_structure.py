@@ -49,7 +49,7 @@ FLOORS = (
         "flops",
         "run_lock",
     ),
-    ("kernels", "sharding", "processes", "agreement"),
+    ("kernels", "sharding", "processes", "agreement", "compiler"),
     ("models", "data", "optimizer", "optimizers"),
     ("convert", "step", "recorder", "memory_peak", "profiling", "quickstart"),
     ("checkpoint", "saved_parameters", "program", "starting_adapters", "tuned_weights"),

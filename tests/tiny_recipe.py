@@ -35,6 +35,8 @@ def get_config(dataset: str) -> ConfigDict:
     config.data.num_threads = 2
     config.data.cache_dir = ""
     config.optimizer.learning_rate = 1e-3
-    config.train.update(max_steps=4, dtype="float32", frozen_dtype="float32", remat="none", log_steps=1)
+    config.train.update(
+        max_steps=4, dtype="float32", frozen_dtype="float32", remat="none", log_steps=1, compiled_dir=""
+    )
     config.mesh.update(data=1, fsdp=1, tensor=1)
     return config

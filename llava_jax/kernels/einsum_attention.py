@@ -46,4 +46,6 @@ def chunked(q, k, v, segment_ids=None, kv_segment_ids=None, *, causal: bool, sm_
         if segment_ids is not None:
             part = partial(part, segment_ids=segment_ids[:, queries], kv_segment_ids=kv_segment_ids[:, keys])
         outs.append(jax.checkpoint(part)(q[:, queries], k[:, keys], v[:, keys]))
-    return jnp.concatenate(outs, axis=1)
+    return checkpoint_name(
+        jnp.concatenate(outs, axis=1), "attention"
+    )  # of names within, none is seen from here

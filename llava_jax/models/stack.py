@@ -5,9 +5,33 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import nnx
 
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul outputs, recompute the rest
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep only the input of each block
+_OFFLOAD = "device", "pinned_host"
+_policies = jax.checkpoint_policies
+_dots, _attention = (
+    _policies.dots_with_no_batch_dims_saveable,  # of matrices, not of queries with keys
+    _policies.save_only_these_names("attention"),  # its output and, of kernels, the log-sum-exp
+)
+_offloaded_dots, _offloaded_attention = (
+    _policies.offload_dot_with_no_batch_dims(*_OFFLOAD),
+    _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["attention"],
+        offload_src=_OFFLOAD[0],
+        offload_dst=_OFFLOAD[1],
+    ),
+)
+
+
+def _offload(primitive, *inputs, **parameters):
+    policy = _offloaded_attention if primitive.name == "name" else _offloaded_dots
+    return policy(primitive, *inputs, **parameters)
+
+
+REMAT_POLICIES = {  # what the backward pass finds kept of a block, beside its input; it recomputes the rest
+    "minimal": _policies.save_from_both_policies(_dots, _attention),  # recomputes elementwise steps alone
+    "offload": _offload,  # the same, in the host's memory
+    "dots": _dots,  # recomputes attention too
+    "full": _policies.nothing_saveable,
 }
 
 
@@ -42,7 +66,8 @@ def run_stack(
 ):
     """Runs `x, out = call(block, x, per_layer[i])` over the layers; returns x and the stacked outs.
 
-    remat: "none" keeps all activations for the backward pass, "dots" and "full" follow REMAT_POLICIES.
+    remat: "none" keeps all activations for the backward pass, the others follow REMAT_POLICIES. A stack in which, and
+    before which, nothing trains keeps and recomputes nothing in any case.
     A CutStack, which is only trained, takes no `per_layer`.
     """
     if isinstance(blocks, CutStack):
@@ -56,6 +81,9 @@ def run_stack(
         params, inputs = layer
         return call(nnx.merge(graphdef, params), x, inputs)
 
+    params = nnx.to_pure_dict(params)
     if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (nnx.to_pure_dict(params), per_layer), unroll=unroll)
+        # Without a loop XLA finds what is computed twice, and keeps it.
+        straight = unroll >= len(jax.tree.leaves(params)[0])
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=straight)
+    return jax.lax.scan(body, x, (params, per_layer), unroll=unroll)

@@ -8,16 +8,18 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 def saved_bytes(config: Config, rows: int, length: int) -> int:
     """What a device keeps of the decoder for the backward pass, for that many rows of a microbatch.
 
-    remat="full" keeps the input of each block, "dots" also the outputs of its matrices, "none" also what elementwise
-    steps between them need.
+    remat="full" keeps the input of each block, "dots" also the outputs of its matrices, "minimal" also attention's, "none"
+    also what elementwise steps between them need. With "offload" the inputs alone are on the device.
     """
     text = config.model.text
     D, F, H = text.hidden_size, text.intermediate_size, text.head_dim
     width = D
-    if config.train.remat != "full":
+    if config.train.remat not in ("full", "offload"):
         width += (text.num_attention_heads + 2 * text.num_key_value_heads) * H + 2 * D + 2 * F
+    if config.train.remat in ("minimal", "none"):
+        width += text.num_attention_heads * H
     if config.train.remat == "none":
-        width += text.num_attention_heads * H + 4 * D + 2 * F
+        width += 4 * D + 2 * F
     return rows * length * text.num_hidden_layers * width * _BYTES[config.train.dtype]
 
 

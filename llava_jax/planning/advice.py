@@ -131,7 +131,9 @@ def _accumulate(situation: Situation) -> Iterator[Advice]:
 
 def _recompute(situation: Situation) -> Iterator[Advice]:
     config = situation.config
-    policies = {"none": ("dots", "full"), "dots": ("full",), "full": ()}[config.train.remat]
+    policies = {"none": ("dots", "full"), "minimal": ("dots", "full"), "dots": ("full",)}.get(
+        config.train.remat, ()
+    )
     for policy in policies:
         train = dataclasses.replace(config.train, remat=policy)
         other = dataclasses.replace(config, train=train)

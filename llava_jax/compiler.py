@@ -1,0 +1,38 @@
+"""What the compiler is told on each platform, and where it keeps what it has compiled."""
+
+from pathlib import Path
+
+import jax
+
+# A described GPU calls its platform cuda, a real one gpu.
+_GPU = {
+    # Runs collectives beside matrix products (docs.jax.dev/en/latest/gpu_performance_tips.html).
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # cuBLAS for matrix products, as NVIDIA's and MaxText's recipes for dense models have it.
+    "xla_gpu_enable_triton_gemm": False,
+}
+OPTIONS = {
+    "cpu": {},
+    "gpu": _GPU,
+    "cuda": _GPU,
+    "tpu": {
+        # Parameters are gathered, in steps, beside the products before the ones that need them: MaxText's
+        # CF_FOR_ALL_GATHER (benchmarks/xla_flags_library.py).
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    },
+}
+
+
+def compiler_options(platform: str) -> dict[str, bool]:
+    """XLA's options for a train step on devices of this platform."""
+    return OPTIONS.get(platform, {})
+
+
+def keep_compiled(directory: str) -> None:
+    """From here on programs that took a second to compile are kept in `directory`, and read where they are; "": not."""
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
