@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from llava_jax.config import Config
+from llava_jax.models.quantization import Quantization
 from llava_jax.optimizer import make_optimizer
 from llava_jax.sharding import (
     attention_placement,
@@ -31,7 +32,7 @@ from llava_jax.step import (
     make_train_step,
     model_settings,
 )
-from llava_jax.tuning import is_trainable
+from llava_jax.tuning import is_trainable, kernel_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +78,19 @@ class Program:
         }
 
     def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The other parameters, in train.frozen_dtype."""
+        """The other parameters, in train.frozen_dtype, or as leaves of quantised kernels."""
+        dtype = jnp.dtype(self.config.train.frozen_dtype)
         return {
-            name: self._abstract(name, leaf.shape, jnp.dtype(self.config.train.frozen_dtype))
+            name: self._abstract(name, leaf.shape, dtype if kernel_name(name) == name else leaf.dtype)
             for name, leaf in self._model[1].items()
             if not is_trainable(name, self.config)
         }
+
+    def quantized(self) -> dict[str, Quantization]:
+        """How kernels are quantised, by the names of those that are."""
+        quantization = Quantization.of(self.config.lora)
+        kernels = {kernel_name(name): name for name in self._model[1]}
+        return {kernel: quantization for kernel, name in kernels.items() if kernel != name}
 
     def abstract_state(self) -> TrainState:
         """What a train step takes and gives back, and what a checkpoint holds."""

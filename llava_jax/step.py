@@ -15,8 +15,9 @@ from llava_jax.kernels.attention import Placement, attention, check_platform
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models.llava import LLaVA
 from llava_jax.models.lora import DropoutKey, add_lora, dropout_keys
+from llava_jax.models.quantization import Quantization, quantize
 from llava_jax.models.stack import CutStack
-from llava_jax.tuning import PREFIXES, layer_spans, lora_targets
+from llava_jax.tuning import PREFIXES, layer_spans, linear_layers, lora_targets
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +39,8 @@ def abstract_model(config: ModelConfig, **how) -> tuple[nnx.GraphDef, dict[str, 
 def abstract_tuned_model(
     config: Config, *, dropout: bool = True, **how
 ) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """The network as a stage trains it: with adapters beside its kernels, and stacks cut where only a part trains.
+    """The network as a stage trains it: with adapters beside its kernels, these quantised where it asks for that, and
+    stacks cut where only a part trains.
 
     -> structure, parameters' shapes by name, and the shapes of the dropout keys that `make_train_step` draws (none
     without dropout).
@@ -50,6 +52,10 @@ def abstract_tuned_model(
         for module, spans in layer_spans(config).items():
             part = getattr(model, PREFIXES[module])
             part.layers = CutStack(part.layers, spans)
+        quantization = Quantization.of(lora)
+        if quantization:
+            names = linear_layers("language_model", config.model)
+            quantize(model, PREFIXES["language_model"], names, quantization)
         targets = {PREFIXES[module]: names for module, names in lora_targets(config).items()}
         rate = lora.dropout if dropout else 0.0
         return add_lora(model, targets, rank=lora.rank, scale=lora.scale, dropout=rate)
