@@ -19,6 +19,7 @@ from llava_jax.sharding import (
     check_model,
     constrain_gradients,
     constrain_rows,
+    gather_codes,
     look_up_embeddings,
     moment_sharding,
     parameter_sharding,
@@ -58,7 +59,11 @@ class Program:
     def _network(self, *, dropout: bool) -> tuple[nnx.GraphDef, dict, dict]:
         settings = model_settings(self.config, constrain_rows(self.mesh), attention_placement(self.mesh))
         return abstract_tuned_model(
-            self.config, dropout=dropout, look_up=look_up_embeddings(self.mesh), **settings
+            self.config,
+            dropout=dropout,
+            gather_codes=gather_codes(self.mesh),
+            look_up=look_up_embeddings(self.mesh),
+            **settings,
         )
 
     @cached_property

@@ -285,6 +285,19 @@ def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
+def gather_codes(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
+    """A function of the name and one layer of a leaf of a quantised kernel -> the same, whole along `fsdp`.
+
+    So a few bits of each weight travel. Left to itself, XLA gathers what is unpacked of them.
+    """
+
+    def gather(name: str, leaf: jax.Array) -> jax.Array:
+        _, *axes = _sharding(mesh, name, (1, *leaf.shape), over_fsdp=False).spec
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return gather
+
+
 def attention_placement(mesh: Mesh) -> Placement:
     """How the rows and heads of attention lie on the mesh."""
     return Placement(mesh, rows=ROWS, heads="tensor")

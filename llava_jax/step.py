@@ -37,13 +37,13 @@ def abstract_model(config: ModelConfig, **how) -> tuple[nnx.GraphDef, dict[str, 
 
 
 def abstract_tuned_model(
-    config: Config, *, dropout: bool = True, **how
+    config: Config, *, dropout: bool = True, gather_codes: Callable = lambda name, leaf: leaf, **how
 ) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
     """The network as a stage trains it: with adapters beside its kernels, these quantised where it asks for that, and
     stacks cut where only a part trains.
 
     -> structure, parameters' shapes by name, and the shapes of the dropout keys that `make_train_step` draws (none
-    without dropout).
+    without dropout). gather_codes is applied to each leaf of a quantised kernel, by name, before it is unpacked.
     """
     lora = config.lora
 
@@ -55,7 +55,7 @@ def abstract_tuned_model(
         quantization = Quantization.of(lora)
         if quantization:
             names = linear_layers("language_model", config.model)
-            quantize(model, PREFIXES["language_model"], names, quantization)
+            quantize(model, PREFIXES["language_model"], names, quantization, gather_codes)
         targets = {PREFIXES[module]: names for module, names in lora_targets(config).items()}
         rate = lora.dropout if dropout else 0.0
         return add_lora(model, targets, rank=lora.rank, scale=lora.scale, dropout=rate)

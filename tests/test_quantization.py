@@ -38,6 +38,7 @@ from llava_jax.tuned_weights import tuned
 from llava_jax.tuning import is_trainable, kernel_name, table
 from llava_jax.weights import load
 from tests.test_lora import dots
+from tests.test_sharding import collectives
 
 ALL = (Quantization("int8"), Quantization("nf4", double=False), Quantization("nf4"))
 # 128 inputs, 2 outputs; and what bitsandbytes 0.50.2 made of it (quantize_4bit of blocks of 64, int8_vectorwise_quant).
@@ -118,6 +119,7 @@ def test_double_quantisation_moves_a_block_by_half_a_step_at_most():
 def test_zeros_stay_zeros(quantization):
     kernel = normal((128, 6))
     kernel[:64, 2] = kernel[:, 4] = 0
+    kernel[64:, 2] *= 100  # so that the zeros' absmax is not exact once it is quantised
     found = unpacked(quantization.quantize(kernel))
     assert np.isfinite(found).all() and not found[:64, 2].any() and not found[:, 4].any()
 
@@ -285,6 +287,22 @@ def test_no_device_holds_a_part_of_a_block():
     ):
         text = dataclasses.replace(MODEL.text, num_key_value_heads=4)
         check_model(make_mesh(MeshConfig(2, 1, 4)), dataclasses.replace(MODEL, text=text), shapes)
+
+
+def test_codes_travel_between_devices_and_not_what_is_unpacked_of_them():
+    program = make_program(make_config(sizes=(1, 2, 2)))
+    step = program.train_step()
+    lowered = step.lower(program.abstract_state(), program.abstract_frozen(), program.abstract_batch(T, 1))
+    gathered = collectives(lowered.compile().as_text())["all-gather"]
+    # Of q, o, gate with up, and down a half lies on each device along tensor.
+    assert {shape[-3:] for dtype, shape in gathered if dtype == "u8"} >= {
+        (2, 32, 192),
+        (3, 32, 128),
+        (2, 32, 128),
+    }
+    assert not {(128, 192), (192, 128), (128, 128)} & {
+        shape[-2:] for dtype, shape in gathered if dtype != "u8"
+    }
 
 
 def shapes_in(jaxpr) -> set[tuple[tuple[int, ...], str]]:

@@ -140,26 +140,44 @@ def _divisor(scale: np.ndarray) -> np.ndarray:
     return np.where(scale == 0, np.float32(1), scale)
 
 
-class QuantizedKernel(nnx.Module):
-    """A kernel [..., D, F] whose leaves are as `Quantization` says; `kernel[...]` is it in float32."""
+def _as_it_is(name: str, leaf: jax.Array) -> jax.Array:
+    return leaf
 
-    def __init__(self, shape: tuple[int, ...], quantization: Quantization):
-        for name, leaf in quantization.leaves(shape).items():
-            setattr(self, name, nnx.Param(jnp.zeros(leaf.shape, leaf.dtype)))
+
+class QuantizedKernel(nnx.Module):
+    """A kernel [..., D, F] whose leaves are as `Quantization` says; `kernel[...]` is it in float32.
+
+    `gather` is applied to the name and the value of each leaf before it is unpacked; `name` is the kernel's.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        quantization: Quantization,
+        *,
+        name: str = "",
+        gather: Callable = _as_it_is,
+    ):
+        for kind, leaf in quantization.leaves(shape).items():
+            setattr(self, kind, nnx.Param(jnp.zeros(leaf.shape, leaf.dtype)))
         self.shape = shape
         self.quantization = quantization
+        self.name = name
+        self.gather = gather
 
     def __getitem__(self, whole) -> jax.Array:
         """-> float32[D, F]; of one layer."""
         assert whole is Ellipsis
         if self.quantization.method == "int8":
-            return self.int8[...].astype(jnp.float32) * self.scale[...]
-        absmax = self.absmax[...]
+            return self._leaf("int8").astype(jnp.float32) * self._leaf("scale")
+        absmax, codes = self._leaf("absmax"), self._leaf("nf4")
         if self.quantization.double:
-            absmax = self.absmax_offset[...] + absmax.astype(jnp.float32) * self.absmax_scale[...]
-        codes = self.nf4[...]
+            absmax = self._leaf("absmax_offset") + absmax.astype(jnp.float32) * self._leaf("absmax_scale")
         halves = jnp.stack([codes & 15, codes >> 4], axis=1)  # [G, 2, 32, F]
         return (_from_nf4(halves) * absmax[:, None, None]).reshape(-1, codes.shape[-1])
+
+    def _leaf(self, kind: str) -> jax.Array:
+        return self.gather(f"{self.name}.{kind}", getattr(self, kind)[...])
 
 
 def _from_nf4(codes: jax.Array) -> jax.Array:
@@ -189,18 +207,28 @@ class QuantizableLinear(nnx.Linear):
         return product(x)
 
 
-def quantize(model: nnx.Module, part: str, names: Collection[str], quantization: Quantization) -> nnx.Module:
-    """Replaces, in place, the kernels of the linear layers of these names in a part of the model by empty ones."""
+def quantize(
+    model: nnx.Module,
+    part: str,
+    names: Collection[str],
+    quantization: Quantization,
+    gather: Callable[[str, jax.Array], jax.Array],
+) -> nnx.Module:
+    """Replaces, in place, the kernels of the linear layers of these names in a part of the model by empty ones.
+
+    gather: see `QuantizedKernel`.
+    """
     found = [
         path
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Linear) and path[0] == part and path[-1] in names
     ]
-    for *parents, name in found:
+    for path in found:
         parent = model
-        for attribute in parents:
+        for attribute in path[:-1]:
             parent = getattr(parent, attribute)
-        linear = QuantizableLinear(getattr(parent, name))
-        linear.kernel = QuantizedKernel(linear.kernel.shape, quantization)
-        setattr(parent, name, linear)
+        linear = QuantizableLinear(getattr(parent, path[-1]))
+        name = ".".join((*path, "kernel"))
+        linear.kernel = QuantizedKernel(linear.kernel.shape, quantization, name=name, gather=gather)
+        setattr(parent, path[-1], linear)
     return model
