@@ -201,9 +201,8 @@ class QuantizableLinear(nnx.Linear):
         """float[..., D] -> float[..., F]."""
         product = super().__call__
         if isinstance(self.kernel, QuantizedKernel):
-            product = jax.checkpoint(
-                product, prevent_cse=False
-            )  # the layers' loop keeps XLA from merging the two
+            # The two passes are loops of their own, so that XLA cannot merge what they unpack.
+            product = jax.checkpoint(product, prevent_cse=False)
         return product(x)
 
 
