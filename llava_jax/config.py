@@ -395,6 +395,9 @@ class LoraConfig:
     bias: str = "none"  # which biases train too: none, all (of the module), lora_only (of the adapted layers)
     create_new_adapter: bool = False  # merge the last of init.adapters too, and train a new one
     rslora: bool = False  # scale = alpha / sqrt(rank), https://arxiv.org/abs/2312.03732
+    # In what the decoder's linear layers are kept (QLoRA, https://arxiv.org/abs/2305.14314): none, int8, nf4.
+    quantization: str = "none"
+    double_quantization: bool = True  # of nf4, its scales too
 
     def __post_init__(self):
         require(self.rank > 0, f"lora.rank={self.rank} must be positive.")
@@ -402,6 +405,11 @@ class LoraConfig:
             _positive("lora", self, "alpha")
         require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must lie in 0 to 1, 1 excluded.")
         one_of("lora.bias", self.bias, ("none", "all", "lora_only"))
+        one_of("lora.quantization", self.quantization, ("none", "int8", "nf4"))
+        require(
+            self.double_quantization or self.quantization == "nf4",
+            f"lora.double_quantization=False is about lora.quantization='nf4', but it is {self.quantization!r}; drop one.",
+        )
 
     @property
     def effective_alpha(self) -> float:
@@ -790,6 +798,11 @@ class Config:
             or any(tune.trains(m) and getattr(optimizer, f"{m}_learning_rate") is None for m in modules),
             f"optimizer.learning_rate={optimizer.learning_rate:g} reaches nothing: every module that trains has a rate of "
             "its own; leave one of them at None.",
+        )
+        require(
+            self.lora.quantization == "none" or tune.language_model == "lora",
+            f"lora.quantization={self.lora.quantization!r} is of the decoder's frozen kernels beside adapters, "
+            f"but tune.language_model={tune.language_model!r}; set that to 'lora', or lora.quantization='none'.",
         )
         with_lora = [module for module in modules if getattr(tune, module) == "lora"]
         require(

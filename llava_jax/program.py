@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llava_jax.compiler import compiler_options
 from llava_jax.config import Config
+from llava_jax.models.quantization import Quantization
 from llava_jax.optimizer import make_optimizer
 from llava_jax.sharding import (
     attention_placement,
@@ -19,6 +20,7 @@ from llava_jax.sharding import (
     check_model,
     constrain_gradients,
     constrain_rows,
+    gather_codes,
     look_up_embeddings,
     moment_sharding,
     parameter_sharding,
@@ -32,7 +34,7 @@ from llava_jax.step import (
     make_train_step,
     model_settings,
 )
-from llava_jax.tuning import is_trainable
+from llava_jax.tuning import is_trainable, kernel_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,11 @@ class Program:
     def _network(self, *, dropout: bool) -> tuple[nnx.GraphDef, dict, dict]:
         settings = model_settings(self.config, constrain_rows(self.mesh), attention_placement(self.mesh))
         return abstract_tuned_model(
-            self.config, dropout=dropout, look_up=look_up_embeddings(self.mesh), **settings
+            self.config,
+            dropout=dropout,
+            gather_codes=gather_codes(self.mesh),
+            look_up=look_up_embeddings(self.mesh),
+            **settings,
         )
 
     @cached_property
@@ -78,12 +84,19 @@ class Program:
         }
 
     def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The other parameters, in train.frozen_dtype."""
+        """The other parameters, in train.frozen_dtype, or as leaves of quantised kernels."""
+        dtype = jnp.dtype(self.config.train.frozen_dtype)
         return {
-            name: self._abstract(name, leaf.shape, jnp.dtype(self.config.train.frozen_dtype))
+            name: self._abstract(name, leaf.shape, dtype if kernel_name(name) == name else leaf.dtype)
             for name, leaf in self._model[1].items()
             if not is_trainable(name, self.config)
         }
+
+    def quantized(self) -> dict[str, Quantization]:
+        """How kernels are quantised, by the names of those that are."""
+        quantization = Quantization.of(self.config.lora)
+        kernels = {kernel_name(name): name for name in self._model[1]}
+        return {kernel: quantization for kernel, name in kernels.items() if kernel != name}
 
     def abstract_state(self) -> TrainState:
         """What a train step takes and gives back, and what a checkpoint holds."""

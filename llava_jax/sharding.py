@@ -40,6 +40,22 @@ TABLE = (
     (r".*\.layers\..*\.(o_proj|out_proj|down_proj|fc2)\.kernel", (None, "tensor", "fsdp")),
     (r".*\.layers\..*\.(q_proj|k_proj|v_proj|fc1)\.bias", (None, "tensor")),
     (r".*\.layers\..*\.(o_proj|out_proj|fc2)\.bias", (None, None)),
+    # Of quantised kernels (models/quantization.py) blocks of inputs take the place of inputs.
+    (
+        r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel\.nf4",
+        (None, "fsdp", None, "tensor"),
+        (None, None, None, ("tensor", "fsdp")),
+    ),
+    (r".*\.(o_proj|down_proj)\.kernel\.nf4", (None, "tensor", None, "fsdp")),
+    (
+        r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel\.(absmax|int8)",
+        (None, "fsdp", "tensor"),
+        (None, None, ("tensor", "fsdp")),
+    ),
+    (r".*\.(o_proj|down_proj)\.kernel\.(absmax|int8)", (None, "tensor", "fsdp")),
+    (r".*\.(q_proj|k_proj|v_proj|gate_proj|up_proj)\.kernel\.(scale|absmax_scale)", (None, "tensor")),
+    (r".*\.(o_proj|down_proj)\.kernel\.(scale|absmax_scale)", (None, "fsdp")),
+    (r".*\.kernel\.absmax_offset", (None,)),
     # Adapters are small: gathered whole where they are used, they need no split over tensor.
     (r".*\.layers\..*\.lora_a", (None, "fsdp", None)),
     (r".*\.layers\..*\.lora_b", (None, None, "fsdp")),
@@ -277,6 +293,19 @@ def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """A function that keeps activations [rows, ...] spread over the row axes."""
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def gather_codes(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:
+    """A function of the name and one layer of a leaf of a quantised kernel -> the same, whole along `fsdp`.
+
+    So a few bits of each weight travel. Left to itself, XLA gathers what is unpacked of them.
+    """
+
+    def gather(name: str, leaf: jax.Array) -> jax.Array:
+        _, *axes = _sharding(mesh, name, (1, *leaf.shape), over_fsdp=False).spec
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return gather
 
 
 def attention_placement(mesh: Mesh) -> Placement:

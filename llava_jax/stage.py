@@ -29,7 +29,7 @@ from llava_jax.recorder import Recorder
 from llava_jax.results import evaluations, training_results, where_time_went
 from llava_jax.sharding import place_batch
 from llava_jax.step import TrainState
-from llava_jax.tuning import table
+from llava_jax.tuning import kernel_name, table
 from llava_jax.validation import Validation
 from llava_jax.watchdog import Watchdog
 from llava_jax.weights import before_stage, load
@@ -129,12 +129,13 @@ def _train(
 def _load_frozen(weights: ModelSource, program: Program) -> tuple[dict[str, jax.Array], dict[str, int]]:
     """The frozen parameters and their checksums. A checksum takes all of a parameter's bytes, so that several
     processes share them out; of the others each reads what its devices hold."""
-    names, dtype = list(program.abstract_frozen()), jnp.dtype(program.config.train.frozen_dtype)
+    names = list(dict.fromkeys(map(kernel_name, program.abstract_frozen())))
+    dtype, quantized = jnp.dtype(program.config.train.frozen_dtype), program.quantized()
     own = names[jax.process_index() :: jax.process_count()]
     others = [name for name in names if name not in own]
     checksums = {}
-    frozen = load(weights, own, dtype, program.parameter_sharding, checksums)
-    frozen |= load(weights, others, dtype, program.parameter_sharding)
+    frozen = load(weights, own, dtype, program.parameter_sharding, checksums, quantized=quantized)
+    frozen |= load(weights, others, dtype, program.parameter_sharding, quantized=quantized)
     for share in exchange("checksums of frozen weights", checksums, timeout=3600.0):
         checksums |= share
     return frozen, checksums

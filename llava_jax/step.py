@@ -17,8 +17,9 @@ from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.kernels.token_scores import score_tokens
 from llava_jax.models.llava import LLaVA
 from llava_jax.models.lora import DropoutKey, add_lora, dropout_keys
+from llava_jax.models.quantization import Quantization, quantize
 from llava_jax.models.stack import CutStack
-from llava_jax.tuning import PREFIXES, layer_spans, lora_targets
+from llava_jax.tuning import PREFIXES, layer_spans, linear_layers, lora_targets
 
 
 @jax.tree_util.register_dataclass
@@ -38,12 +39,13 @@ def abstract_model(config: ModelConfig, **how) -> tuple[nnx.GraphDef, dict[str, 
 
 
 def abstract_tuned_model(
-    config: Config, *, dropout: bool = True, **how
+    config: Config, *, dropout: bool = True, gather_codes: Callable = lambda name, leaf: leaf, **how
 ) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """The network as a stage trains it: with adapters beside its kernels, and stacks cut where only a part trains.
+    """The network as a stage trains it: with adapters beside its kernels, these quantised where it asks for that, and
+    stacks cut where only a part trains.
 
     -> structure, parameters' shapes by name, and the shapes of the dropout keys that `make_train_step` draws (none
-    without dropout).
+    without dropout). gather_codes is applied to each leaf of a quantised kernel, by name, before it is unpacked.
     """
     lora = config.lora
 
@@ -52,6 +54,10 @@ def abstract_tuned_model(
         for module, spans in layer_spans(config).items():
             part = getattr(model, PREFIXES[module])
             part.layers = CutStack(part.layers, spans)
+        quantization = Quantization.of(lora)
+        if quantization:
+            names = linear_layers("language_model", config.model)
+            quantize(model, PREFIXES["language_model"], names, quantization, gather_codes)
         targets = {PREFIXES[module]: names for module, names in lora_targets(config).items()}
         rate = lora.dropout if dropout else 0.0
         return add_lora(model, targets, rank=lora.rank, scale=lora.scale, dropout=rate)

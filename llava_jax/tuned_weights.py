@@ -13,9 +13,13 @@ from llava_jax.tuning import LORA_A, LORA_B, MODULES, layer_spans, span_name
 
 
 def tuned(weights: ModelSource, config: Config) -> ModelSource:
-    """`weights` as the stage of this config starts from them: with new adapters, and with its stacks cut."""
+    """`weights` as the stage of this config starts from them: with new adapters, and with its stacks cut.
+
+    Kernels that it keeps quantised are here as they were: `load` quantises them, and adapters are merged into these.
+    """
     leaves = {}
-    for name, shape in abstract_tuned_model(config)[1].items():
+    lora = dataclasses.replace(config.lora, quantization="none", double_quantization=True)
+    for name, shape in abstract_tuned_model(dataclasses.replace(config, lora=lora))[1].items():
         if name in weights.leaves:
             leaves[name] = weights.leaves[name]
         elif name.endswith((f".{LORA_A}", f".{LORA_B}")):

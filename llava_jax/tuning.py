@@ -23,6 +23,7 @@ MODULES = {  # the first part of a parameter's name -> the module's name in the 
 PREFIXES = {module: prefix for prefix, module in MODULES.items()}
 # A LoRA pair, float32 [in, rank] and [rank, out], beside the kernel that it adapts; stacked as that is.
 LORA_A, LORA_B = "lora_a", "lora_b"
+NF4_BLOCK = 64  # inputs with a common scale, as in bitsandbytes
 
 _VISION_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 # What the original adapts (find_all_linear_names in llava/train/train.py).
@@ -32,6 +33,19 @@ _TEXT_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def module_of(name: str) -> str:
     """The module that the parameter of this name belongs to."""
     return MODULES[name.partition(".")[0]]
+
+
+def kernel_name(name: str) -> str:
+    """The kernel that a leaf of a quantised one belongs to: "q_proj.kernel.nf4" -> "q_proj.kernel". Others as they are."""
+    kernel, dot, _ = name.partition(".kernel.")
+    return f"{kernel}.kernel" if dot else name
+
+
+def num_parameters(name: str, shape: tuple[int, ...]) -> int:
+    """How many of the model's parameters a leaf holds: two in each byte of nf4, none in what scales a kernel."""
+    if kernel_name(name) == name or name.endswith(".int8"):
+        return math.prod(shape)
+    return 2 * math.prod(shape) if name.endswith(".nf4") else 0
 
 
 def is_trainable(name: str, config: Config) -> bool:
@@ -160,6 +174,7 @@ def check(config: Config) -> None:
     lora_targets(config)
     for module in PREFIXES:
         chosen_layers(module, config)
+    _check_blocks(config)
     names = split_names(config.tune.language_model_modules)
     require(
         "lm_head" not in names or not config.model.text.tie_word_embeddings,
@@ -170,6 +185,20 @@ def check(config: Config) -> None:
         "tune.language_model_modules names image_newline, which only a model with "
         "model.patch_merge_type='spatial_unpad' has; drop it.",
     )
+
+
+def _check_blocks(config: Config) -> None:
+    text = config.model.text
+    for key, inputs in {
+        "hidden_size": text.hidden_size,
+        "num_attention_heads * head_dim": text.num_attention_heads * text.head_dim,
+        "intermediate_size": text.intermediate_size,
+    }.items():
+        require(
+            config.lora.quantization != "nf4" or inputs % NF4_BLOCK == 0,
+            f"lora.quantization='nf4' scales kernels by blocks of {NF4_BLOCK} inputs, but model.text.{key} = {inputs} is no "
+            "multiple of that; set lora.quantization='int8'.",
+        )
 
 
 def learning_rates(config: OptimizerConfig) -> dict[str, float]:
@@ -196,7 +225,7 @@ def table(config: Config, trainable: Mapping, frozen: Mapping) -> list[str]:
     lines = []
     for module in PREFIXES:
         trained, kept = (
-            sum(math.prod(leaf.shape) for name, leaf in some.items() if module_of(name) == module)
+            sum(num_parameters(name, leaf.shape) for name, leaf in some.items() if module_of(name) == module)
             for some in (trainable, frozen)
         )
         line = f"{module:<15} {trained + kept:>15,} parameters  "
@@ -228,4 +257,6 @@ def _form(module: str, config: Config) -> str:
         text += f", B at {config.optimizer.loraplus_lr_ratio:g} times the rate"
     if lora.bias != "none":
         text += f"; biases: {lora.bias}"
+    if module == "language_model" and lora.quantization != "none":
+        text += f"; its kernels in {lora.quantization}"
     return text + (f"; whole: {', '.join(whole)}" if whole else "")

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from llava_jax.convert import recycled
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.errors import CheckpointError, ConfigError
+from llava_jax.models.quantization import Quantization
 from llava_jax.saved_parameters import SavedParameters
 from llava_jax.starting_adapters import with_adapters
 from llava_jax.step import abstract_model, random_parameters
@@ -216,16 +218,22 @@ def load(
     dtype,
     sharding: Callable,
     checksums: dict[str, int] | None = None,
+    *,
+    quantized: Mapping[str, Quantization] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """Reads parameters onto the devices one by one, as `dtype`. sharding(name, shape) -> where each lies.
 
     The host holds this process's shards of one parameter and one part of it as stored. `checksums` receives
     the checksum of each whole parameter as it was read, whatever its sharding; without it no bytes are read
-    that only other processes need.
+    that only other processes need. Kernels named in `quantized` become leaves under their names; these are read whole,
+    because their scales are of whole columns.
     """
     arrays = {}
     for name in names:
         leaf = weights.leaves[name]
+        if name in quantized:
+            arrays |= _quantized(name, leaf, quantized[name], sharding, checksums)
+            continue
         shards = _Shards(leaf.shape, np.dtype(dtype), sharding(name, leaf.shape))
         if checksums is None:
             shards.fill(leaf, leaf.parts(), within=shards.bounds)
@@ -234,6 +242,27 @@ def load(
         arrays[name] = shards.place()
     recycled.forget()  # a training process may need it for something else
     return arrays
+
+
+def _quantized(
+    name: str, leaf: Leaf, quantization: Quantization, sharding: Callable, checksums: dict[str, int] | None
+) -> dict[str, jax.Array]:
+    """The leaves of one stacked kernel, read and quantised layer by layer."""
+    shards = {}
+    for kind, shape in quantization.leaves(leaf.shape).items():
+        part = f"{name}.{kind}"
+        shards[part] = _Shards(shape.shape, shape.dtype, sharding(part, shape.shape))
+    crc, layer = 0, 0
+    for values in read_ahead(leaf, _in_order(leaf)):
+        if checksums is not None:
+            crc = checksum(values, crc)
+        for kernel in values:
+            for kind, part in quantization.quantize(kernel).items():
+                shards[f"{name}.{kind}"].put_layer(layer, part)
+            layer += 1
+    if checksums is not None:
+        checksums[name] = crc
+    return {part: some.place() for part, some in shards.items()}
 
 
 class _Shards:
@@ -262,11 +291,19 @@ class _Shards:
         parts = [_intersection(completed(part, self.shape), within) for part in parts]
         for part, values in zip(parts, read_ahead(leaf, parts), strict=True):
             crc = checksum(values, crc)
-            for ends, buffer in self.buffers.items():
-                index = tuple(slice(*pair) for pair in ends)
-                common = _intersection(index, part)
-                buffer[_relative(common, index)] = values[_relative(common, part)]
+            self.put(part, values)
         return crc
+
+    def put(self, part: Index, values: np.ndarray) -> None:
+        """Takes over what `part`, completed, selects of the array."""
+        for ends, buffer in self.buffers.items():
+            index = tuple(slice(*pair) for pair in ends)
+            common = _intersection(index, part)
+            buffer[_relative(common, index)] = values[_relative(common, part)]
+
+    def put_layer(self, layer: int, values: np.ndarray) -> None:
+        """The same of one layer."""
+        self.put(completed((slice(layer, layer + 1),), self.shape), values[None])
 
     def place(self) -> jax.Array:
         return jax.make_array_from_callback(

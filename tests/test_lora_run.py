@@ -105,6 +105,45 @@ def test_the_task_recipe_trains_a_finished_model_further(tiny_recipe, base, tmp_
     assert {name.split(".")[0] for name in adapter.replaced} == {"multi_modal_projector"}
 
 
+@pytest.fixture
+def wide_recipe(tiny_recipe):
+    """The tiny recipe with a decoder whose kernels have whole blocks of inputs."""
+    tiny_recipe.model.text.update(hidden_size=64, intermediate_size=128, head_dim=16)
+    return tiny_recipe
+
+
+def test_a_broken_qlora_run_continues_with_the_same_bits_and_is_merged_into_the_base_as_it_was(
+    wide_recipe, base, tmp_path, monkeypatch, capsys
+):
+    config = tiny("llava15_finetune_qlora", wide_recipe)
+    config.init.update(model=base, tokenizer="")
+    config.checkpoint.save_steps = 2
+    config.data.val_size = 8.0
+    recipe = parse(config)
+    assert (recipe.first.lora.quantization, recipe.first.lora.dropout) == ("nf4", 0.05)
+    trainer.run(recipe, tmp_path / "whole")
+    assert "; its kernels in nf4" in capsys.readouterr().out
+    run_until_saved(recipe, tmp_path / "broken", monkeypatch, step=2)
+    trainer.run(recipe, tmp_path / "broken")
+    whole, broken = parameters(tmp_path / "whole"), parameters(tmp_path / "broken")
+    assert whole.keys() == broken.keys() and len(whole) == 7 * 2 + 4
+    assert all(np.array_equal(broken[name], value) for name, value in whole.items())
+    losses, again = (
+        [row.get("loss", row.get("eval_loss")) for row in metrics(tmp_path / name)]
+        for name in ("whole", "broken")
+    )
+    assert losses == again and len(losses) == 5
+
+    before, after = open_model(base), open_run(tmp_path / "whole")
+    exported = merge(before, open_adapter(tmp_path / "whole/export"))
+    for name in before.names():
+        np.testing.assert_allclose(exported.read(name), after.read(name), rtol=1e-5, atol=1e-7, err_msg=name)
+    name = "language_model.layers.mlp.up_proj"
+    change = whole[f"{name}.lora_a"] @ whole[f"{name}.lora_b"]
+    expected = before.read(f"{name}.kernel") + 8 / 4 * change
+    np.testing.assert_allclose(after.read(f"{name}.kernel"), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_a_sharded_lora_run_drops_the_same_inputs_as_one_device(tiny_recipe, tmp_path, monkeypatch):
     config = tiny("llava15_finetune_task_lora", tiny_recipe)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llava_jax.models.quantization import QuantizableLinear
+
 DROPOUT_KEY = "dropout_key"
 
 
@@ -16,7 +18,7 @@ class DropoutKey(nnx.Variable):
     """The key of one step's dropout in one layer, key[]; stacked layers have one each."""
 
 
-class LoraLinear(nnx.Linear):
+class LoraLinear(QuantizableLinear):
     """x W + bias + scale * dropout(x) A B, where W is the kernel of the layer that it is made of.
 
     The parameters A [D, r] and B [r, F] are float32 and take part in the layer's dtype. `dropout` is a share;
@@ -24,9 +26,7 @@ class LoraLinear(nnx.Linear):
     """
 
     def __init__(self, linear: nnx.Linear, *, rank: int, scale: float, dropout: float):
-        for name, value in vars(linear).items():
-            if not name.startswith("_"):
-                setattr(self, name, value)
+        super().__init__(linear)
         *stacked, D, F = self.kernel.shape
         self.lora_a = nnx.Param(jnp.zeros((*stacked, D, rank)))
         self.lora_b = nnx.Param(jnp.zeros((*stacked, rank, F)))
