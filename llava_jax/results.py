@@ -22,12 +22,19 @@ def training_results(rows: list[dict]) -> dict[str, float]:
     return {
         **({"train_loss": float(np.mean(losses))} if losses else {}),  # all steps may have been skipped
         "train_runtime": seconds,
-        "train_steps_per_second": rows[-1]["step"] / seconds,
+        "train_steps_per_second": _steps_told(rows) / seconds,
         "steps": rows[-1]["step"],
         "epoch": rows[-1]["epoch"],
         **peaks,
         **({"skipped_steps": num_skipped} if num_skipped else {}),
     }
+
+
+def _steps_told(rows: list[dict]) -> int:
+    """How many steps the rows are of: a run that goes on from another's checkpoint has none of the first ones."""
+    first, last = rows[0]["step"], rows[-1]["step"]
+    of_the_first = min(first, rows[1]["step"] - first) if len(rows) > 1 else first
+    return last - first + of_the_first
 
 
 def where_time_went(rows: list[dict], spent: dict[str, float]) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from llava_jax.config import Config, ConfigError
-from llava_jax.convert.adapter_export import TrainedAdapter
+from llava_jax.config import Config, ConfigError, split_names
+from llava_jax.convert.adapter_export import TrainedAdapter, refuse_vocabulary
 from llava_jax.convert.adapters import open_adapter
+from llava_jax.convert.export import check_layout
 from llava_jax.convert.names import model_rows
 from llava_jax.convert.source import ModelSource
 from llava_jax.starting_adapters import split_adapters
@@ -22,7 +23,7 @@ def open_run_adapter(workdir: Path) -> TrainedAdapter:
     stages = run_stages(workdir)
     *earlier, last = stages
     config = stages[last]
-    check_adapter(config)
+    check_adapter(stages)
     weights = initial_weights(next(iter(stages.values())))
     replaced = _replaced_before(stages, weights)
     for name in earlier:
@@ -48,24 +49,31 @@ def open_run_adapter(workdir: Path) -> TrainedAdapter:
     )
 
 
-def check_adapter(config: Config) -> None:
-    """Raises ConfigError if a run that ends with the stage of this config has no adapter to write."""
-    if not lora_targets(config):
+def check_adapter(stages: dict[str, Config], layout: str = "") -> None:
+    """Raises ConfigError if a run of these stages has no adapter to write, ConversionError if `layout` cannot hold it."""
+    first, last = next(iter(stages.values())), next(reversed(stages.values()))
+    if not lora_targets(last):
         raise ConfigError(
             "No module of the run's last stage trains by LoRA, so there is no adapter to write; choose the layout llava-hf "
             "or llava, or set tune.language_model='lora'."
         )
-
-
-def _replaced_before(stages: dict[str, Config], weights: ModelSource) -> set[str]:
-    """What is not as in the base even before anything was trained. Raises ConfigError where that is the decoder."""
-    first = next(iter(stages.values()))
-    merged, continued = split_adapters(first)
+    merged, _ = split_adapters(first)
     if merged:
         raise ConfigError(
             f"The run started from a base with the adapters {', '.join(merged)} merged, and that model is saved nowhere, so "
             "an adapter could not name its base; choose the layout llava-hf or llava."
         )
+    if layout == "peft":
+        check_layout(last.model, "llava")
+    vocabulary = {"embed_tokens", "lm_head"} & set(split_names(last.tune.language_model_modules))
+    if layout == "peft-llava-hf" and vocabulary:
+        refuse_vocabulary()
+
+
+def _replaced_before(stages: dict[str, Config], weights: ModelSource) -> set[str]:
+    """What is not as in the base even before anything was trained."""
+    first = next(iter(stages.values()))
+    _, continued = split_adapters(first)
     fresh = any(config.tune.fresh_projector for config in stages.values())
     has_projector = first.init.model and not first.init.projector and not fresh
     replaced = set() if has_projector else {name for name in weights.names() if _is_projector(name)}

@@ -61,7 +61,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
         if last.evaluate.path:
             check_questions(last, tokenizer)
         if last.export.layout in ADAPTER_LAYOUTS:
-            check_adapter(last)
+            check_adapter(recipe.stages, last.export.layout)
         elif last.export.layout:
             check_layout(last.model, last.export.layout)
     agree(code_version() | _settings(recipe) | _fingerprints(stages))

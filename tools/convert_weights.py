@@ -280,7 +280,7 @@ def merged_run(path: str):
     from llava_jax.weights import open_run, run_stages
 
     print(f"Reading {path}", flush=True)
-    check_adapter(list(run_stages(Path(path)).values())[-1])
+    check_adapter(run_stages(Path(path)))
     return open_run(Path(path))
 
 

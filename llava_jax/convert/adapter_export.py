@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import NoReturn
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -133,10 +134,7 @@ def _modules_to_save(adapter: TrainedAdapter, rows: list[Row], wrapped: str) -> 
     """The layers that take the place of the base's. Raises ConversionError for a part of a layer."""
     tensors = {tensor for row in rows if row.leaf in adapter.replaced for tensor in row.tensors}
     if {"language_model.embed_tokens.embedding", "language_model.lm_head.kernel"} & adapter.replaced.keys():
-        raise ConversionError(
-            "Embeddings or a head that were trained whole cannot go into an adapter for llava-hf: its models have rows that "
-            "ours have not, and PEFT takes whole layers only. Choose the layout 'peft', or merge it (layout llava-hf)."
-        )
+        refuse_vocabulary()
     biases = {t for row in rows if _is_bias_of_adapted(row.leaf, adapter) for t in row.tensors}
     if adapter.lora.bias == "all":
         biases |= {tensor for tensor in tensors if tensor.endswith(".bias")}
@@ -151,6 +149,14 @@ def _modules_to_save(adapter: TrainedAdapter, rows: list[Row], wrapped: str) -> 
                     "write the adapter as layout 'peft', or merge it (layout llava-hf)."
                 )
     return sorted(_module(f"{module}.weight", adapter, wrapped) for module in modules) or None
+
+
+def refuse_vocabulary() -> NoReturn:
+    """Raises ConversionError: of an adapter with embeddings or a head in the layout peft-llava-hf."""
+    raise ConversionError(
+        "Embeddings or a head that were trained whole cannot go into an adapter for llava-hf: its models have rows that "
+        "ours have not, and PEFT takes whole layers only. Choose the layout 'peft', or merge it (layout llava-hf)."
+    )
 
 
 def _module(tensor: str, adapter: TrainedAdapter, wrapped: str) -> str:
