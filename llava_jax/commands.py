@@ -90,7 +90,7 @@ def _summary(error: Exception) -> str:
 
 
 def _no_setting(key: str) -> str:
-    from llava_jax.config import keys_like
+    from llava_jax.config_values import keys_like
     from llava_jax.known_names import explain
 
     near = keys_like(key)

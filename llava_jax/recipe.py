@@ -11,7 +11,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from llava_jax.config import Config, TextConfig, build, one_of, require
+from llava_jax.config import Config, TextConfig, one_of, require
+from llava_jax.config_values import build
 from llava_jax.tuning import check
 
 

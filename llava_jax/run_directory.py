@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax
 
-from llava_jax.config import Config, split_names, to_json
+from llava_jax.config import Config, split_names
+from llava_jax.config_values import to_json
 from llava_jax.digests import DIGESTS
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.metrics import MetricsLog, write_json

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from llava_jax import report
 from llava_jax.compiler import keep_compiled
-from llava_jax.config import Config, ConfigError, one_of, to_json
+from llava_jax.config import Config, ConfigError, one_of
+from llava_jax.config_values import to_json
 from llava_jax.convert.adapter_export import ADAPTER_LAYOUTS, write_adapter
 from llava_jax.convert.export import check_layout, write_hf
 from llava_jax.convert.source import ModelSource

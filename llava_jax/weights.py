@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from llava_jax.checkpoint import saved_steps, verified_steps
-from llava_jax.config import Config, InitConfig, ModelConfig, from_json
+from llava_jax.config import Config, InitConfig, ModelConfig
+from llava_jax.config_values import from_json
 from llava_jax.convert import recycled
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.config import Config, ConfigError, ModelConfig, from_json, to_json
+from llava_jax.config import Config, ConfigError, ModelConfig
+from llava_jax.config_values import from_json, to_json
 from llava_jax.recipe import default_config, parse, vicuna
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))

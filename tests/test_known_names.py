@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.config import Config, ConfigError, build
+from llava_jax.config import Config, ConfigError
+from llava_jax.config_values import build
 from llava_jax.known_names import TABLE, explain, to_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,8 @@ def test_the_page_of_names_is_the_table():
             "Unknown key 'per_device_train_batch_size'. `per_device_train_batch_size` is `data.batch_size` here: rows "
             "of an optimizer step over all devices and accumulation, not per device.",
         ),
-        ({"optimizer": {"optim": "adamw"}}, "`optim` has no counterpart here: "),
+        ({"optimizer": {"optim": "adamw"}}, "`optim` is `optimizer.name` here: adamw, adamw_8bit"),
+        ({"model": {"mpt_attn_impl": "triton"}}, "`mpt_attn_impl` has no counterpart here: "),
         ({"train": {"num_train_epochs": 1.0}}, "`num_train_epochs` is `train.num_epochs` here."),
         ({"train": {"log_step": 1}}, "Did you mean 'log_steps'?"),
     ],

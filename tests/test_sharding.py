@@ -30,8 +30,8 @@ from llava_jax.config import (
     TrainConfig,
     TuneConfig,
     VisionConfig,
-    from_json,
 )
+from llava_jax.config_values import from_json
 from llava_jax.generation import continue_prompts
 from llava_jax.models.llava import IMAGE_TOKEN
 from llava_jax.program import Program

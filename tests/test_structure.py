@@ -37,6 +37,7 @@ FLOORS = (
         "errors",
         "known_names",
         "config",
+        "config_values",
         "recipe",
         "tuning",
         "metrics",

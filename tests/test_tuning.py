@@ -16,8 +16,8 @@ from llava_jax.config import (
     TextConfig,
     TuneConfig,
     VisionConfig,
-    from_json,
 )
+from llava_jax.config_values import from_json
 from llava_jax.optimizer import learning_rate, weight_decay
 from llava_jax.recipe import default_config, parse
 from llava_jax.step import abstract_tuned_model

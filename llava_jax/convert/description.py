@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 
-from llava_jax.config import to_json
+from llava_jax.config_values import to_json
 from llava_jax.convert.adapters import Adapter
 from llava_jax.convert.merging import describe_changes
 from llava_jax.convert.names import VOCABULARY

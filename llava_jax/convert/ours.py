@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from llava_jax.config import ConfigError, ModelConfig, from_json, to_json
+from llava_jax.config import ConfigError, ModelConfig
+from llava_jax.config_values import from_json, to_json
 from llava_jax.convert.errors import ConversionError, listing
 from llava_jax.convert.json_files import read_json
 from llava_jax.convert.matching import reading_axis
