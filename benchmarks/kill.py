@@ -26,6 +26,7 @@ from configs import quickstart
 from llava_jax import checkpoint, metrics, trainer
 from llava_jax.quickstart.dataset import prepare
 from llava_jax.recipe import Recipe, parse
+from llava_jax.saved_parameters import SavedParameters
 
 STEPS, SAVE_STEPS = 24, 3
 PRUNED = ".orbax-checkpoint-tmp"
@@ -178,7 +179,7 @@ def write_weights(recipe: Recipe, workdir: Path) -> None:
     digests = {}
     for stage in recipe.stages:
         directory = workdir / "checkpoints" / stage
-        leaves = checkpoint.SavedParameters(directory, next(checkpoint.verified_steps(directory))).leaves()
+        leaves = SavedParameters(directory, next(checkpoint.verified_steps(directory))).leaves()
         digest = hashlib.sha256()
         for name in sorted(leaves):
             digest.update(name.encode() + leaves[name].read().tobytes())

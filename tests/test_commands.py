@@ -126,7 +126,7 @@ def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
             10,
             "`num_train_epochs` is `train.num_epochs` here.",
         ),
-        (["--config.optim=lion"], 10, "`optim` has no counterpart here: "),
+        (["--config.optim=lion"], 10, "`optim` is `optimizer.name` here"),
         (
             ["--per_device_train_batch_size=4"],
             10,

@@ -113,7 +113,7 @@ def test_layouts_refuse_models_that_they_cannot_express(tmp_path):
         write_hf(tmp_path / "x", layout="llava-hf", model=model, read=arrays.__getitem__)
     model, arrays = random_source()
     model = dataclasses.replace(model, text=dataclasses.replace(model.text, attention_bias="qkv"))
-    with pytest.raises(ConversionError, match=r"Qwen2.*--layout=llava-hf"):
+    with pytest.raises(ConversionError, match=r"Qwen2.*choose the layout llava-hf"):
         write_hf(tmp_path / "x", layout="llava", model=model, read=arrays.__getitem__)
     assert list(tmp_path.iterdir()) == []
 

@@ -38,7 +38,7 @@ def new_directory(destination) -> Iterator[Path]:
             os.rename(partial, destination)
             _synchronise(destination.parent)
         except BaseException:
-            _remove(partial)
+            _remove(partial, settled=0.3)
             raise
 
 
@@ -114,10 +114,12 @@ def _write_grown(directory: Path, sizes: dict[str, int]) -> None:
                     _synchronise(path, forget=True)
 
 
-def _remove(partial: Path) -> None:
-    for _ in range(10):  # a thread of an interrupted write may still add files
+def _remove(partial: Path, *, settled: float = 0.0) -> None:
+    """Removes a directory for good: a thread of an interrupted write may still add files for `settled` seconds."""
+    until = time.monotonic() + settled
+    for _ in range(100):
         shutil.rmtree(partial, ignore_errors=True)
-        if not partial.exists():
+        if not partial.exists() and time.monotonic() >= until:
             return
         time.sleep(0.1)
 
