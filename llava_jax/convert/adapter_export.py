@@ -138,8 +138,8 @@ def _modules_to_save(adapter: TrainedAdapter, rows: list[Row], wrapped: str) -> 
     twice = sorted(adapter.low_rank.keys() & adapter.replaced.keys())
     if twice:
         raise ConversionError(
-            f"{twice[0]} and {len(twice) - 1} more were trained whole by an earlier stage and then adapted, which PEFT cannot "
-            "tell apart; choose the layout 'peft', or merge the adapter (layout llava-hf)."
+            f"{twice[0]} and {len(twice) - 1} more were trained whole by an earlier stage and then adapted, which PEFT "
+            "cannot tell apart; choose the layout 'peft', or merge the adapter (layout llava-hf)."
         )
     biases = {t for row in rows if _is_bias_of_adapted(row.leaf, adapter) for t in row.tensors}
     if adapter.lora.bias == "all":
