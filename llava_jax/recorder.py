@@ -60,13 +60,12 @@ class Recorder:
         self.watchdog = watchdog
         self.pending: list[_Done] = []
         self.skipped: list[int] = []  # the latest steps in a row that changed nothing
-        mine = [row for row in log.rows() if row.get("stage", "") == stage]
+        mine = [row for row in log.rows() if row.get("stage", "") == stage and row["step"] <= first_step]
         self.num_skipped = sum(row.get("skipped_steps", 0) for row in mine)
         self.num_bad_samples = 0
         self.peak_flops = peak_flops
-        self.spent: dict[str, float] = defaultdict(
-            float
-        )  # seconds on other things than steps, since the last row
+        # Seconds on other things than steps, since the last row.
+        self.spent: dict[str, float] = defaultdict(float)
         self.since = time.monotonic()
 
     @contextlib.contextmanager

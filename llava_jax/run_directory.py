@@ -6,8 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import jax
-
 from llava_jax.config import Config, split_names
 from llava_jax.config_values import to_json
 from llava_jax.digests import DIGESTS
@@ -51,11 +49,9 @@ def open_run_directory(recipe: Recipe, workdir: Path) -> contextlib.AbstractCont
     """Makes the run directory, writes `config.json` and takes the lock, which lasts as long as the result's block.
 
     A directory that holds checkpoints must be of the same run, except for stages that `overwrite_output_dir` starts
-    anew: theirs are deleted. The first of several processes does all this. Raises ConfigError naming the settings
+    anew: theirs are deleted. Of several processes one calls it. Raises ConfigError naming the settings
     that differ, CheckpointError when nothing can be written there, InUseError when another process trains in it.
     """
-    if jax.process_index() > 0:
-        return contextlib.nullcontext()
     asked = {
         "format": RUN_FORMAT,
         "name": recipe.name,

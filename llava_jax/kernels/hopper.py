@@ -40,14 +40,17 @@ def load(ref, layout) -> jax.Array:
 
 
 def over_columns(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """[rows] -> [rows, columns], the same in every column."""
     return lax.broadcast_in_dim(vector, shape, [0])
 
 
 def over_rows(vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """[columns] -> [rows, columns], the same in every row."""
     return lax.broadcast_in_dim(vector, shape, [1])
 
 
 def filled(shape: tuple[int, ...], value: float, layout) -> jax.Array:
+    """A float32 tile of one value, as registers of the given layout."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
