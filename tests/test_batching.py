@@ -10,8 +10,6 @@ from llava_jax.data.batching import (
     collate,
     epoch_order,
     rows_of_step,
-    sample_ids,
-    steps_per_epoch,
 )
 
 
@@ -29,17 +27,6 @@ def test_every_epoch_takes_every_sample_once():
 
 def test_without_shuffling_the_order_is_that_of_the_file():
     assert epoch_order(3, num_samples=4, seed=1, shuffle=False).tolist() == [0, 1, 2, 3]
-
-
-def test_the_last_step_of_an_epoch_is_filled_with_empty_rows():
-    order = np.array([4, 0, 3, 1, 2])
-    assert steps_per_epoch(5, 2) == 3
-    assert [sample_ids(step, order=order, batch_size=2).tolist() for step in range(4)] == [
-        [4, 0],
-        [3, 1],
-        [2, -1],
-        [4, 0],
-    ]
 
 
 def test_processes_take_their_rows_of_every_microbatch():

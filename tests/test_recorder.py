@@ -68,6 +68,13 @@ def test_time_of_other_things_is_told_once_and_evaluation_belongs_to_no_row(tiny
     assert "checkpoint_seconds" not in row and row["seconds"] < 0.05
 
 
+def test_skipped_steps_after_the_one_that_is_continued_do_not_count(tiny_config, data, tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 4, "skipped_steps": 1})
+    log.append({"step": 6, "skipped_steps": 2})
+    assert Recorder("", tiny_config, data, log, 4, 8, Watchdog(None)).num_skipped == 1
+
+
 def test_memory_is_the_fullest_devices_or_the_process_where_devices_do_not_tell(monkeypatch):
     assert memory_peak().keys() == {"process_memory_peak_gib"}
     stats = [{"peak_bytes_in_use": 2**30}, {"peak_bytes_in_use": 3 * 2**29}, None]

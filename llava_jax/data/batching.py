@@ -37,17 +37,6 @@ def epoch_order(epoch: int, *, num_samples: int, seed: int, shuffle: bool) -> np
     return shuffling.permutation(num_samples, seed, shuffling.EPOCH, epoch)
 
 
-def sample_ids(step: int, *, order: np.ndarray, batch_size: int) -> np.ndarray:
-    """The samples of a step int64[batch_size], given its epoch's order.
-
-    PADDING fills up the last step of an epoch. `step` counts from the start of training, so that its
-    epoch is step // steps_per_epoch(...).
-    """
-    start = step % steps_per_epoch(len(order), batch_size) * batch_size
-    ids = order[start : start + batch_size]
-    return np.concatenate([ids, np.full(batch_size - len(ids), PADDING, ids.dtype)])
-
-
 def rows_of_step(own_rows: np.ndarray, *, batch_size: int, accumulation_steps: int) -> np.ndarray:
     """Which rows of a step a process loads that holds the rows `own_rows` int64[B] of each of its microbatches.
 
