@@ -36,3 +36,23 @@ def keep_compiled(directory: str) -> None:
     """From here on programs that took a second to compile are kept in `directory`, and read where they are; "": not."""
     if directory:
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+
+
+class Compilations:
+    """Counts the programs that this process compiles, and those it finds compiled, until it is closed."""
+
+    def __init__(self):
+        self.num_programs = 0  # of both kinds
+        self.num_found = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_duration)
+        jax.monitoring.unregister_event_listener(self._on_event)
+
+    def _on_duration(self, name: str, seconds: float, **_) -> None:
+        self.num_programs += name == "/jax/core/compile/backend_compile_duration"  # around the cache, too
+
+    def _on_event(self, name: str, **_) -> None:
+        self.num_found += name == "/jax/compilation_cache/cache_hits"

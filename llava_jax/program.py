@@ -138,6 +138,7 @@ class Program:
             self._optimizer_on_mesh(),
             self.config.loss,
             constrain_gradients=constrain_gradients(self.mesh, zero=self.config.sharding.zero),
+            dtype=jnp.dtype(self.config.train.dtype),
             dropout=keys,
             seed=self.config.seed,
             placement=attention_placement(self.mesh),

@@ -66,6 +66,7 @@ class Recorder:
         self.peak_flops = peak_flops
         # Seconds on other things than steps, since the last row.
         self.spent: dict[str, float] = defaultdict(float)
+        self.num_compilations = 0  # likewise
         self.since = time.monotonic()
 
     @contextlib.contextmanager
@@ -76,6 +77,13 @@ class Recorder:
             yield
         finally:
             self.spent[f"{what}_seconds"] += time.monotonic() - begin
+
+    def log_compilation(self, shape: tuple[int, int], seconds: float, found: bool) -> None:
+        """A step of rows of `shape`, tokens and image slots, was compiled, or found compiled."""
+        self.num_compilations += 1
+        self.spent["compile_seconds"] += seconds
+        how = "found compiled" if found else "compiled"
+        print(f"  step for rows of {shape[0]} x {shape[1]}: {how} in {seconds:.1f} s", flush=True)
 
     def add(self, step: int, metrics: dict, data_wait: float) -> None:
         if self.pending and self.pending[-1].step % self.config.train.log_steps == 0:
@@ -111,6 +119,9 @@ class Recorder:
             **memory_peak(),
         }
         self.spent.clear()
+        if self.num_compilations:
+            row["compilations"] = self.num_compilations
+            self.num_compilations = 0
         if num_skipped:
             row["skipped_steps"] = num_skipped
         self.pending = []

@@ -13,7 +13,7 @@ def evaluations(rows: list[dict]) -> dict[int, dict]:
 
 
 def training_results(rows: list[dict]) -> dict[str, float]:
-    """Mean loss, speed and the most memory. `rows` holds at least one of training."""
+    """Mean loss, speed, programs compiled and the most memory. `rows` holds at least one of training."""
     rows = [row for row in rows if "loss" in row]
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     seconds = sum(row["seconds"] for row in rows)
@@ -25,6 +25,7 @@ def training_results(rows: list[dict]) -> dict[str, float]:
         "train_steps_per_second": _steps_told(rows) / seconds,
         "steps": rows[-1]["step"],
         "epoch": rows[-1]["epoch"],
+        "compilations": sum(row.get("compilations", 0) for row in rows),
         **peaks,
         **({"skipped_steps": num_skipped} if num_skipped else {}),
     }

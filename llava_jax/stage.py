@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from llava_jax.agreement import Agreement
 from llava_jax.checkpoint import Checkpoints, read_meta, saved_steps, step_of
+from llava_jax.compiler import Compilations
 from llava_jax.config import Config
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
@@ -161,7 +162,7 @@ class Loop:
         self.meta = meta
         self.recorder = recorder
         self.validation = validation
-        self.shapes = set()  # of batches, each of which is compiled once
+        self.compilations = Compilations()
         self.keeps_best = stage.config.train.load_best_model_at_end
         if self.keeps_best:
             checkpoints.ranking = validation.ranking()
@@ -188,7 +189,8 @@ class Loop:
         agree = Agreement(self.program.mesh)
         batches = self.stage.pipeline.iterate(first_step, num_steps)
         profiler = StepProfiler(self.stage.config.train.profiled, self._trace_directory())
-        with contextlib.closing(StopRequest()) as request, contextlib.closing(profiler):
+        request, closing = StopRequest(), contextlib.closing
+        with closing(request), closing(profiler), closing(self.compilations):
             for step in range(first_step + 1, num_steps + 1):
                 profiler.before(step)
                 before = time.monotonic()
@@ -196,8 +198,7 @@ class Loop:
                     batch = next(batches)
                 # As long as the device still computes the step before, it does not wait.
                 data_wait = time.monotonic() - before if state.step.is_ready() else 0.0
-                with self._compiling(batch):
-                    state, metrics = train_step(state, self.frozen, place_batch(self.program.mesh, batch))
+                state, metrics = self._call(train_step, state, batch)
                 profiler.after(step, metrics)
                 if (
                     step == first_step + 1
@@ -260,14 +261,15 @@ class Loop:
         trainable = self.checkpoints.restore_parameters(path, self.program.abstract_trainable())
         return dataclasses.replace(state, trainable=trainable)
 
-    @contextlib.contextmanager
-    def _compiling(self, batch: dict[str, np.ndarray]) -> Iterator[None]:
-        """The first call with a shape compiles; any other only hands over work."""
-        shape = batch["tokens"].shape + batch["images"].shape
-        known = shape in self.shapes
-        self.shapes.add(shape)
-        with contextlib.nullcontext() if known else self.recorder.spending("compile"):
-            yield
+    def _call(self, train_step: Callable, state: TrainState, batch: dict[str, np.ndarray]):
+        """A step. The first with a shape compiles; any other only hands over work."""
+        placed, counts = place_batch(self.program.mesh, batch), self.compilations
+        began, num_programs, num_found = time.monotonic(), counts.num_programs, counts.num_found
+        result = train_step(state, self.frozen, placed)
+        if counts.num_programs > num_programs:
+            shape = batch["tokens"].shape[-1], batch["images"].shape[2]
+            self.recorder.log_compilation(shape, time.monotonic() - began, counts.num_found > num_found)
+        return result
 
     def _trace_directory(self) -> Path:
         return self.recorder.log.path.parent / "profile" / self.stage.name

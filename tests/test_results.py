@@ -12,6 +12,7 @@ ROWS = [
         "seconds": 10.0,
         "data_wait": 0.1,
         "compile_seconds": 4.0,
+        "compilations": 2,
         "x_peak_gib": 2.0,
     },
     {"step": 2, "eval_loss": 2.0, "eval_runtime": 3.0},
@@ -35,6 +36,7 @@ def test_results_are_those_of_all_rows():
         "train_steps_per_second": pytest.approx(4 / 15),
         "steps": 4,
         "epoch": 1.0,
+        "compilations": 2,
         "x_peak_gib": 2.0,
         "skipped_steps": 2,
     }

@@ -227,6 +227,24 @@ def test_a_run_writes_its_files_evaluates_and_exports(tiny_recipe, shapes_datase
         assert np.array_equal(exported.read(name), trained.read(name)), name
 
 
+def test_a_step_is_compiled_once_per_shape_and_found_by_the_next_run(tiny_recipe, tmp_path, capsys):
+    tiny_recipe.train.update(compiled_dir=str(tmp_path / "compiled"), max_steps=6)
+    tiny_recipe.checkpoint.save_steps = 2
+
+    def compilations(workdir) -> list[int]:
+        trainer.run(parse(tiny_recipe), workdir)
+        rows = metrics(workdir)
+        results = json.loads((workdir / "train_results.json").read_text())
+        assert results["compilations"] == sum(row.get("compilations", 0) for row in rows)
+        return [row.get("compilations", 0) for row in rows if "loss" in row]
+
+    first = compilations(tmp_path / "first")
+    assert first == [1, 0, 0, 0, 0, 0]
+    assert "found compiled" not in capsys.readouterr().out
+    assert compilations(tmp_path / "second") == first
+    assert "found compiled in" in capsys.readouterr().out
+
+
 def test_a_run_starts_from_another_run_and_from_its_projector(tiny_recipe, tmp_path):
     trainer.run(parse(tiny_recipe), tmp_path / "first")
     tiny_recipe.init.projector = str(tmp_path / "first")
