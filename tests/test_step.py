@@ -8,6 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from llava_jax.config import LossConfig, ModelConfig, TextConfig, VisionConfig
+from llava_jax.models.stack import REMAT_POLICIES
 from llava_jax.step import TrainState, abstract_model, make_train_step, random_parameters
 
 MODEL = ModelConfig(
@@ -66,16 +67,12 @@ def test_casting_once_per_step_changes_no_bit(batch):
         assert np.array_equal(found[0].trainable[name], value), name
 
 
-def casts_of_kernels(jaxpr, inside: bool = False) -> int:
-    """How many casts of float32 matrices to bfloat16 a program has within its loops."""
-    count = 0
+def equations(jaxpr, loops: int = 0):
+    """Each equation of a program, and in how many loops it is."""
     for eqn in jaxpr.eqns:
-        source = eqn.invars[0].aval if eqn.invars else None
-        if eqn.primitive.name == "convert_element_type" and eqn.params["new_dtype"] == jnp.bfloat16:
-            count += inside and source.dtype == jnp.float32 and source.shape in KERNELS
+        yield eqn, loops
         for inner in jaxprs_in_params(eqn.params):
-            count += casts_of_kernels(inner, inside or eqn.primitive.name == "scan")
-    return count
+            yield from equations(inner, loops + (eqn.primitive.name == "scan"))
 
 
 KERNELS = {(16, 20), (20, 16), (16, 8)}  # of a layer: MLP, keys and values
@@ -85,5 +82,40 @@ def test_no_loop_casts_kernels(batch):
     counts = []
     for cast_once in (False, True):
         step, state = make_step(cast_once)
-        counts.append(casts_of_kernels(jax.make_jaxpr(step)(state, {}, batch).jaxpr))
+        program = jax.make_jaxpr(step)(state, {}, batch).jaxpr
+        counts.append(sum(loops > 0 and _is_cast(eqn) for eqn, loops in equations(program)))
     assert counts[0] > counts[1] == 0
+
+
+def _is_cast(eqn) -> bool:
+    if eqn.primitive.name != "convert_element_type" or eqn.params["new_dtype"] != jnp.bfloat16:
+        return False
+    source = eqn.invars[0].aval
+    return source.dtype == jnp.float32 and source.shape in KERNELS
+
+
+TOWER = 12  # the width of its MLP, which nothing else has
+
+
+def products_in_tower(remat: str, trains: str, batch) -> int:
+    """The matrix products of the tower's MLP that a step has if the parameters train whose names start so."""
+    graphdef, abstract = abstract_model(MODEL, remat=remat)
+    optimizer = optax.sgd(1e-2)
+    parameters = random_parameters(MODEL, 0, set(abstract))
+    trainable = {name: value for name, value in parameters.items() if name.startswith(trains)}
+    frozen = {name: value for name, value in parameters.items() if name not in trainable}
+    state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
+    step = make_train_step(graphdef, optimizer, LossConfig())
+    program = jax.make_jaxpr(step)(state, frozen, jax.tree.map(lambda x: x[:1], batch)).jaxpr
+    products = [eqn for eqn, _ in equations(program) if eqn.primitive.name == "dot_general"]
+    return sum(any(TOWER in var.aval.shape for var in eqn.invars) for eqn in products)
+
+
+@pytest.mark.parametrize("remat", ["none", *REMAT_POLICIES])
+def test_a_frozen_tower_runs_forward_once_whatever_is_computed_again(remat, batch):
+    assert products_in_tower(remat, "language_model", batch) == 2
+
+
+def test_a_tower_that_trains_is_differentiated_and_computed_again(batch):
+    assert products_in_tower("none", "", batch) == 2 + 4
+    assert products_in_tower("full", "", batch) == 2 + 4 + 1  # the product before the activation
