@@ -17,13 +17,15 @@ from jax.experimental import multihost_utils
 
 from llava_jax.config import CheckpointConfig
 from llava_jax.digests import find_damage, write_digests
-from llava_jax.errors import CheckpointError
+from llava_jax.errors import CheckpointError, HangError
+from llava_jax.processes import exchange
 from llava_jax.saved_parameters import save_args
 from llava_jax.step import TrainState
 from llava_jax.watchdog import Watchdog
 
 _SET_ASIDE = "set_aside"
 _SAVE_TIMEOUT = 3600  # seconds after which orbax gives up a save
+_OUTCOME_TIMEOUT = 30.0  # seconds for the others to say how a save went, after it has ended here
 # Orbax touches these two after the digests are written; nothing that is restored depends on them.
 _NOT_DIGESTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -53,6 +55,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         self.ranking: list[int] = []  # steps, best first: the best that is saved is kept beside the newest
         self.checkpointer = self._make_checkpointer()
+        self.unraisablehook, sys.unraisablehook = sys.unraisablehook, self._tell_unraisable
         self._remove_temporaries()
 
     def starting_point(self, num_steps: int) -> Path | None:
@@ -124,6 +127,7 @@ class Checkpoints:
         try:
             self.checkpointer.save(self.directory / str(self.saving), args=args, force=True)
         except Exception as error:  # of orbax, tensorstore or the file system: they share no type
+            self._require_agreement(error)
             self._give_up(error)
 
     def finish(self) -> None:
@@ -142,6 +146,7 @@ class Checkpoints:
         self._wait()
         self._prune()
         self.checkpointer.close()
+        sys.unraisablehook = self.unraisablehook
 
     def restore(self, path: Path, abstract_state: TrainState) -> TrainState:
         """Reads the checkpoint `path` into the shapes, dtypes and shardings of `abstract_state`."""
@@ -190,9 +195,29 @@ class Checkpoints:
             with self.watchdog.waiting(f"checkpoint {self.saving} to be written"):
                 self.checkpointer.wait_until_finished()
         except Exception as error:
+            self._require_agreement(error)
             self._give_up(error)
         else:
+            self._require_agreement(None)
             self.saving = self.failure = None
+
+    def _require_agreement(self, error: Exception | None) -> None:
+        """Raises CheckpointError when a save failed on this process, but not on others: they may still wait for it."""
+        try:
+            timeout = _OUTCOME_TIMEOUT if error else _SAVE_TIMEOUT
+            outcomes = exchange(f"checkpoint {self.saving}", error is None, timeout)
+        except HangError:
+            if error is None:
+                raise
+            outcomes = [True]
+        if error and any(outcomes):
+            self.failure, failed, self.saving = error, self.saving, None
+            newest = max(saved_steps(self.directory), default="the start")
+            raise CheckpointError(
+                f"Checkpoint {failed} could not be saved by process {jax.process_index()} alone ({_reason(error)}), "
+                "so that the others wait for it. Mend that and run the same command again: it continues from the newest "
+                f"checkpoint, {newest}."
+            ) from error
 
     def _give_up(self, error: Exception) -> None:
         newest = max(saved_steps(self.directory), default=None)
@@ -203,6 +228,11 @@ class Checkpoints:
         self.failure, self.saving = error, None
         self.checkpointer = self._make_checkpointer()  # the old one may be in the middle of something
         self._remove_temporaries()
+
+    def _tell_unraisable(self, unraisable) -> None:
+        """When one array cannot be written, orbax stops listening to the others, and each of them complains of that."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.unraisablehook(unraisable)
 
     def _remove_temporaries(self) -> None:
         if self.is_first:

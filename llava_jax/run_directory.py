@@ -110,9 +110,13 @@ def _check_same_run(path: Path, asked: dict, anew: list[str]) -> None:
         before = flatten(json.loads(path.read_text())["stages"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is no run's settings ({error!r}); choose another --workdir."
+            f"{path} does not hold a run's settings ({error!r}). Put a copy of it back, or choose another --workdir; "
+            f"checkpoint.resume_from_checkpoint={path.parent}/checkpoints/[STAGE/]STEP continues there what was saved here."
         ) from error
     now = flatten(json.loads(json.dumps(asked["stages"])))
+    default = flatten({name: json.loads(json.dumps(to_json(Config()))) for name in asked["stages"]})
+    # An older version did what is now the default of settings that it did not have.
+    before = {key: default[key] for key in now.keys() & default.keys() - before.keys()} | before
     differing = [
         f"{key}={now.get(key)!r} (was {before.get(key)!r})"
         for key in sorted(before.keys() | now.keys())

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -161,6 +162,24 @@ def test_when_one_process_dies_the_others_end_soon_and_name_it(start, tmp_path, 
     assert time.monotonic() - before < processes.SILENCE + 30
     assert running[0].returncode == 14
     assert re.search(r"process 1: no sign of life on \S+ for", err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limited", [[1], [0, 1]], ids=["one", "both"])
+def test_a_save_that_fails_on_one_process_alone_ends_the_run_and_on_all_does_not(start, tmp_path, limited):
+    running = start(2, "--config.checkpoint.save_steps=2", "--config.train.max_steps=5")
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert running[0].poll() is None, running[0].communicate()
+        time.sleep(0.05)
+    for process in limited:
+        resource.prlimit(running[process].pid, resource.RLIMIT_FSIZE, (4096, 4096))
+    results = finish(running)
+    assert [code for code, _ in results] == [12, 12], results
+    if limited == [1]:
+        assert "could not be saved by process 1 alone" in results[0][1]
+    else:
+        assert "checkpoint 2 could not be saved" in results[0][1]
+        assert "The last state could not be saved" in results[0][1]
 
 
 def test_a_process_is_silent_when_its_sign_of_life_stays_the_same(monkeypatch):

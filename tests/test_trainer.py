@@ -267,6 +267,31 @@ def test_settings_of_a_run_with_checkpoints_cannot_change(tiny_recipe, tmp_path)
         trainer.run(parse(tiny_recipe), tmp_path)
 
 
+def test_a_run_of_a_version_without_a_setting_continues_with_its_default_alone(tiny_recipe, tmp_path):
+    trainer.run(parse(tiny_recipe), tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    for stage in written["stages"].values():
+        del stage["loss"]["z_loss"]
+    path.write_text(json.dumps(written))
+    tiny_recipe.loss.z_loss = 0.1
+    with pytest.raises(ConfigError, match=r"loss.z_loss=0.1 \(was 0.0\)"):
+        trainer.run(parse(tiny_recipe), tmp_path)
+    tiny_recipe.loss.z_loss = 0.0
+    trainer.run(parse(tiny_recipe), tmp_path)
+
+
+def test_damaged_settings_of_a_run_lose_none_of_its_checkpoints(tiny_recipe, tmp_path):
+    trainer.run(parse(tiny_recipe), tmp_path / "first")
+    (tmp_path / "first/config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"resume_from_checkpoint=\S+/first/checkpoints/\[STAGE/\]STEP"):
+        trainer.run(parse(tiny_recipe), tmp_path / "first")
+    tiny_recipe.checkpoint.resume_from_checkpoint = str(tmp_path / "first/checkpoints/4")
+    tiny_recipe.train.max_steps = 5
+    trainer.run(parse(tiny_recipe), tmp_path / "second")
+    assert [row["step"] for row in metrics(tmp_path / "second")] == [5]
+
+
 def test_changed_data_is_not_mixed_into_a_run(tiny_recipe, tmp_path, monkeypatch):
     records = json.loads(Path(tiny_recipe.data.path).read_text())
     tiny_recipe.data.path = str(tmp_path / "records.json")
