@@ -35,13 +35,13 @@ HloModule jit_step, is_scheduled=true
 
 %start (param_0: bf16[1,64,256]) -> (bf16[1,64,256], bf16[1,512,256]) {
   %param_0 = bf16[1,64,256]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
-  %all-gather.1 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=83, dimensions={1}
+  %all-gather.1 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=83, frontend_attributes={chain_id="7"}
   ROOT %custom-call.78 = (bf16[1,64,256]{2,1,0}, bf16[1,512,256]{2,1,0}) custom-call(%all-gather.1)
 }
 
 %done (param_0.1: bf16[1,64,256]) -> bf16[1,512,256] {
   %param_0.1 = bf16[1,64,256]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
-  ROOT %all-gather.2 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.1), channel_id=83, dimensions={1}
+  ROOT %all-gather.2 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.1), channel_id=83, frontend_attributes={chain_id="7"}
 }
 
 %body (p: (s32[], bf16[1,64,256])) -> (s32[], bf16[1,64,256]) {
@@ -79,6 +79,31 @@ ENTRY %main (a: bf16[1,64,256], b: f32[64,512]) -> f32[64,512] {
   %w = (s32[]{:T(128)}, bf16[1,64,256]{2,1,0:T(8,128)(2,1)}) while(%a), condition=%condition, body=%body
   %v = (s32[]{:T(128)}, s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}) while(%b), condition=%more, body=%chunk
   ROOT %out = f32[64,512]{1,0:T(8,128)} get-tuple-element(%v), index=2
+}
+"""
+# As TPU's compiler writes the sums of gradients that shard_map asks for: all of them on channel 1.
+SUMS_HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.7 (p.1: bf16[512,512]) -> bf16[128,512] {
+  %p.1 = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.50 = bf16[512,512]{1,0:T(8,128)(2,1)} all-reduce(%p.1), channel_id=1, to_apply=%add
+  ROOT %slice.1 = bf16[128,512]{1,0:T(8,128)(2,1)} slice(%all-reduce.50), slice={[0:128], [0:512]}
+}
+
+%all-reduce-scatter.8 (p.2: bf16[512,512]) -> bf16[128,512] {
+  %p.2 = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.51 = bf16[512,512]{1,0:T(8,128)(2,1)} all-reduce(%p.2), channel_id=1, to_apply=%add
+  ROOT %slice.2 = bf16[128,512]{1,0:T(8,128)(2,1)} slice(%all-reduce.51), slice={[0:128], [0:512]}
+}
+
+ENTRY %main (a: bf16[512,512], b: bf16[512,512]) -> bf16[128,512] {
+  %a = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %f = bf16[128,512]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.7
+  %all-reduce.52 = bf16[128,512]{1,0:T(8,128)(2,1)} all-reduce(%f), channel_id=1, to_apply=%add
+  %g = bf16[128,512]{1,0:T(8,128)(2,1)} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.8
+  ROOT %sum = bf16[128,512]{1,0:T(8,128)(2,1)} add(%all-reduce.52, %g)
 }
 """
 # As the GPU compiler writes it.
@@ -124,19 +149,28 @@ def test_gpu_collectives_count_what_is_whole_before_or_after():
     assert num_uncertain == 0
 
 
+def test_sums_on_one_channel_are_counted_one_by_one():
+    traffic, num_uncertain = read_collectives(SUMS_HLO)
+    assert traffic == {"all-reduce": Traffic(3, (512 + 512 + 128) * 512 * 2)}
+    assert num_uncertain == 0
+
+
 def test_collectives_of_a_program_compiled_here_are_those_that_were_asked_for():
     mesh = make_mesh(MeshConfig(1, 8, 1))
-    rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names[1]))
+    axis = mesh.axis_names[1]
+    rows = jax.NamedSharding(mesh, jax.P(axis))
 
     def sums(x):
         def add(i, total):
-            return total + jax.lax.psum(x * i, mesh.axis_names[1])
+            first = jax.lax.psum(x * i, axis)
+            return total + first + jax.lax.psum(jax.numpy.sin(first[:, :3]), axis).sum()
 
         return jax.lax.fori_loop(0, 5, add, jax.numpy.zeros_like(x))
 
     f = jax.shard_map(sums, mesh=mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False)
-    compiled = jax.jit(f).lower(jax.ShapeDtypeStruct((8, 32), "float32", sharding=rows)).compile()
-    assert read_collectives(compiled.as_text()) == ({"all-reduce": Traffic(5, 5 * 32 * 4)}, 0)
+    hlo = jax.jit(f).lower(jax.ShapeDtypeStruct((8, 32), "float32", sharding=rows)).compile().as_text()
+    assert hlo.count(" all-reduce(") == hlo.count("channel_id=1,") == 2
+    assert read_collectives(hlo) == ({"all-reduce": Traffic(2 * 5, 5 * (32 + 3) * 4)}, 0)
 
 
 @pytest.mark.parametrize(
