@@ -22,7 +22,8 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "v5e:8x8, v5p:4x4x4, v6e:4x4, ... (chips along a slice's sides), h200:1, h100:8, or here.",
+    "v5e:8x8, v5p:4x4x4, v6e:4x4, ... (chips along a slice's sides), h200:1, h100:8; 2xv5e:16x16 (slices), 4xh100:8 "
+    "(hosts); or here.",
 )
 STAGE = flags.DEFINE_string("stage", None, "The one stage of the recipe to plan; default: all of them.")
 TOKENS = flags.DEFINE_integer(

@@ -207,12 +207,13 @@ def model_settings(config: Config, constrain: Callable, placement: Placement | N
     """How the stage wants its network run, as keyword arguments of LLaVA.
 
     placement: of attention's arrays on several devices. Raises ConfigError where train.attention or train.remat cannot
-    run.
+    run. Networks with train.remat="auto" do not run: planning/remat.py replaces that before.
     """
     device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
     check_platform(config.train.attention, device.platform)
     memories = {memory.kind for memory in device.addressable_memories()}
-    if config.train.remat == "offload" and "pinned_host" not in memories:
+    described_gpu = device.platform == "cuda"  # lists its own memory alone
+    if config.train.remat == "offload" and "pinned_host" not in memories and not described_gpu:
         raise ConfigError(
             f"train.remat='offload' needs memory of the host that a {device.device_kind} reads; use 'full'."
         )

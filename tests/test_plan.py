@@ -35,13 +35,13 @@ HloModule jit_step, is_scheduled=true
 
 %start (param_0: bf16[1,64,256]) -> (bf16[1,64,256], bf16[1,512,256]) {
   %param_0 = bf16[1,64,256]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
-  %all-gather.1 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=83, frontend_attributes={chain_id="7"}
+  %all-gather.1 = bf16[1,512,256]{2,1,0} all-gather(%param_0), channel_id=83, frontend_attributes={chain_id="7"}
   ROOT %custom-call.78 = (bf16[1,64,256]{2,1,0}, bf16[1,512,256]{2,1,0}) custom-call(%all-gather.1)
 }
 
 %done (param_0.1: bf16[1,64,256]) -> bf16[1,512,256] {
   %param_0.1 = bf16[1,64,256]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
-  ROOT %all-gather.2 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.1), channel_id=83, frontend_attributes={chain_id="7"}
+  ROOT %all-gather.2 = bf16[1,512,256]{2,1,0} all-gather(%param_0.1), channel_id=83, frontend_attributes={chain_id="7"}
 }
 
 %body (p: (s32[], bf16[1,64,256])) -> (s32[], bf16[1,64,256]) {
@@ -362,7 +362,10 @@ def test_search_takes_the_most_rows_that_fit_for_each_rematerialisation(here, mo
     [
         ("v5e", r"--topology=v5e: write v5e:AxB, in chips\. Examples"),
         ("v5p:4x4", "write v5p:AxBxC"),
-        ("h100:8x8", "write h100:COUNT"),
+        ("h100:8x8", "write h100:COUNT, in chips, and NUMBERx before it for several hosts"),
+        ("0xv5e:2x2", "write v5e:AxB, in chips, and NUMBERx before it for several slices"),
+        ("2xv5e", "write v5e:AxB"),
+        ("twoxv5e:2x2", "'twoxv5e' is not one of"),
         ("v5litepod-16", "'v5litepod-16' is not one of v4, v5e"),
     ],
 )

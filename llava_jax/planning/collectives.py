@@ -127,6 +127,8 @@ class _Program:
 
 def _size(instruction: _Instruction, operand_bytes: int) -> int:
     """The larger of what goes in and what comes out; an asynchronous start gives both as its result."""
+    if instruction.opcode == "send":  # whose result is what the end of sending takes
+        return operand_bytes
     result = _num_bytes(instruction.type)
     if instruction.opcode.endswith("-start"):
         result -= operand_bytes
