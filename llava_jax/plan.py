@@ -34,7 +34,7 @@ SAMPLES = flags.DEFINE_integer(
     "samples", None, "Samples of an epoch, where the data is not here.", lower_bound=1
 )
 SEARCH = flags.DEFINE_bool(
-    "search", False, "Look for the lightest rematerialisation and the most rows that fit."
+    "search", False, "Look for the most rows that fit with each rematerialisation, lightest first."
 )
 JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 flags.mark_flags_as_required(["config", "topology"])
@@ -71,7 +71,7 @@ def _plan(name: str, config: "Config", target: "Target") -> "StagePlan":
     from llava_jax.metrics import Counter
     from llava_jax.planning import report
     from llava_jax.planning.search import flags as search_flags
-    from llava_jax.planning.search import search
+    from llava_jax.planning.search import plan_lightest, search
     from llava_jax.planning.stage_plan import make_plan
     from llava_jax.planning.workload import Given, find_workload
 
@@ -87,7 +87,10 @@ def _plan(name: str, config: "Config", target: "Target") -> "StagePlan":
             return fitting[0]
         print("Nothing fits. The recipe as it is:")
     print("Compiling; a model of 7B takes one to four minutes ...", flush=True)
-    plan = make_plan(config, target, workload)
+    if config.train.remat == "auto":
+        plan = plan_lightest(config, target, workload, lambda how: print(how, flush=True))
+    else:
+        plan = make_plan(config, target, workload)
     print(f"\n{report.describe(plan)}", flush=True)
     return plan
 
