@@ -19,7 +19,8 @@ from llava_jax.planning.advice import Situation, advise
 from llava_jax.planning.collectives import Traffic, read_collectives
 from llava_jax.planning.compilation import Compiled, needed_bytes
 from llava_jax.planning.memory import Arguments, arguments
-from llava_jax.planning.search import flags, search
+from llava_jax.planning.remat import settle
+from llava_jax.planning.search import flags, plan_lightest, search
 from llava_jax.planning.stage_plan import StagePlan, make_plan
 from llava_jax.planning.workload import PACKED_SAMPLES_PER_ROW, Given, assume, find_workload
 from llava_jax.program import Program
@@ -326,41 +327,139 @@ def test_a_missing_cudnn_is_answered_with_what_would_do(here, monkeypatch):
         make_plan(config, here, assume(config, Given(), ""))
 
 
-def test_search_takes_the_most_rows_that_fit_for_each_rematerialisation(here, monkeypatch):
-    """4 rows per device at most; each needs 5 GiB with "none", 3 with "dots", 2 with "full", beside 2 for the state."""
-    tried = []
+@pytest.fixture
+def planning_without_compiling(monkeypatch):
+    """Plans whose steps need so many GiB per row and device beside 2 for the state."""
+    needs = {"none": 5, "minimal": 4, "dots": 3, "full": 2, "offload": 2}
 
-    def compile_nothing(config, target, workload):
-        rows = 32 // 8 // config.train.accumulation_steps
-        peak = (2 + {"none": 5, "dots": 3, "full": 2}[config.train.remat] * rows) * GIB
-        compiled = Compiled(peak, peak <= target.hbm_bytes, 0, "")
+    def make_plan(config, target, workload):
+        rows = config.data.batch_size // 8 // config.train.accumulation_steps
+        peak = (2 + needs[config.train.remat] * rows) * GIB
+        compiled = Compiled(peak, target.hbm_bytes and peak <= target.hbm_bytes, 0, "")
         return StagePlan(config, target, make_mesh(config.mesh), workload, None, compiled, {}, 0, {})
 
-    monkeypatch.setattr("llava_jax.planning.search.make_plan", compile_nothing)
-    config = Config(data=DataConfig(batch_size=32, max_length=1024))
+    monkeypatch.setattr("llava_jax.planning.search.make_plan", make_plan)
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_search_takes_the_most_rows_that_fit_for_each_rematerialisation(
+    here, planning_without_compiling, monkeypatch, offloads
+):
+    monkeypatch.setattr("llava_jax.planning.search.can_offload", lambda device: offloads)
+    tried = []
+    config = Config(data=DataConfig(batch_size=32, max_length=1024))  # 4 rows per device at most
     workload = assume(config, Given(tokens=256), "")
-    target = dataclasses.replace(here, hbm_bytes=int(12.6 * GIB))
+    target = dataclasses.replace(here, hbm_bytes=13 * GIB)
     found = search(config, target, workload, tried.append)
+    with_offload = [("offload", 4)] if offloads else []
     assert [(plan.config.train.remat, plan.rows_per_device) for plan in found] == [
         ("none", 2),
+        ("minimal", 2),
         ("dots", 2),
         ("full", 4),
+        *with_offload,
     ]
     # 9.5 GiB of arguments leave no room for what "none" keeps of 4 rows, so that was not compiled.
     assert [(plan.config.train.remat, plan.rows_per_device) for plan in tried] == [
         ("none", 2),
+        ("minimal", 4),
+        ("minimal", 2),
         ("dots", 4),
         ("dots", 2),
         ("full", 4),
+        *with_offload,
     ]
     assert flags(found[0]) == "--config.train.remat=none --config.train.accumulation_steps=2"
     assert search(config, dataclasses.replace(here, hbm_bytes=GIB), workload, tried.append) == []
 
 
 @pytest.mark.parametrize(
+    ("hbm_gib", "remat", "how"),
+    [
+        (
+            22,  # of which "none" would take all
+            "minimal",
+            "train.remat=auto: minimal (none needs 22.00, minimal needs 18.00; 95% of 22.00 GiB may be taken)",
+        ),
+        (
+            10,
+            "full",
+            "train.remat=auto: full (none needs 22.00, minimal needs 18.00, dots needs 14.00; 95% of 10.00 GiB may be "
+            "taken)",
+        ),
+        (
+            None,
+            "full",
+            "train.remat=auto: full, for these devices do not tell how much memory they have",
+        ),
+    ],
+)
+def test_auto_is_planned_as_the_lightest_rematerialisation_that_fits(
+    here, planning_without_compiling, hbm_gib, remat, how
+):
+    config = Config(data=DataConfig(batch_size=32), train=TrainConfig(remat="auto"))
+    target = dataclasses.replace(here, hbm_bytes=hbm_gib and hbm_gib * GIB)
+    told = []
+    plan = plan_lightest(config, target, assume(config, Given(), ""), told.append)
+    assert (plan.config.train.remat, told) == (remat, [how])
+
+
+def test_a_run_takes_the_lightest_rematerialisation_that_fits_and_keeps_to_it(
+    tiny_recipe, tmp_path, monkeypatch, capsys
+):
+    compiled = []
+
+    def compile_step(program, target, length, num_images, *, argument_bytes):
+        compiled.append((program.config.train.remat, program.num_steps, length, num_images))
+        return Compiled(
+            argument_bytes + {"none": 200, "minimal": 80}[program.config.train.remat], None, 0, ""
+        )
+
+    def limit(name):
+        return dataclasses.replace(targets.find(name), hbm_bytes=10**9)
+
+    monkeypatch.setattr("llava_jax.planning.remat.compile_step", compile_step)
+    monkeypatch.setattr("llava_jax.planning.remat.find", limit)
+    tiny_recipe.train.remat, tiny_recipe.mesh.fsdp = "auto", -1
+    monkeypatch.setattr("llava_jax.planning.remat.USABLE", 1e-9 * (bytes_of_arguments(tiny_recipe) + 100))
+    tiny_recipe.train.max_steps = 1
+    trainer.run(parse(tiny_recipe), tmp_path / "run")
+    expected = [("none", 1, 128, 1), ("minimal", 1, 128, 1)]
+    assert compiled == expected
+    assert "tiny: train.remat=auto: minimal (none needs 0.00, minimal needs 0.00; " in capsys.readouterr().out
+    record = json.loads((tmp_path / "run/remat.json").read_text())
+    assert record[""]["remat"] == "minimal" and record[""]["hbm_gib"] == 10**9 / GIB
+    assert json.loads((tmp_path / "run/config.json").read_text())["stages"][""]["train"]["remat"] == "auto"
+
+    trainer.run(parse(tiny_recipe), tmp_path / "run")  # all is done, and nothing compiled
+    assert "tiny: train.remat=auto: minimal, as before" in capsys.readouterr().out
+    assert compiled == expected
+    tiny_recipe.train.scan_unroll = 2  # another step, which may need more
+    trainer.run(parse(tiny_recipe), tmp_path / "run")
+    assert compiled == 2 * expected
+
+
+def bytes_of_arguments(recipe) -> int:
+    config = parse(recipe).last
+    return arguments(Program(config, make_mesh(config.mesh), 4), 128, 1).total
+
+
+def test_where_devices_do_not_tell_their_memory_auto_is_full(tiny_config, tmp_path, capsys):
+    config = dataclasses.replace(tiny_config, mesh=MeshConfig(), train=TrainConfig(remat="auto"))
+    record = tmp_path / "remat.json"
+    mesh = make_mesh(config.mesh)
+    settled = settle(config, mesh, 4, (128, 1), stage="finetune", record=record, continues=False)
+    assert settled == dataclasses.replace(config, train=TrainConfig(remat="full"))
+    assert capsys.readouterr().out.startswith(
+        "finetune: train.remat=auto: full, for these devices do not tell"
+    )
+    assert json.loads(record.read_text())["finetune"]["remat"] == "full"
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e", r"--topology=v5e: write v5e:AxB, in chips\. Examples"),
+        ("v5e", r"--topology=v5e: write v5e:AxB, in chips, .*\. Examples"),
         ("v5p:4x4", "write v5p:AxBxC"),
         ("h100:8x8", "write h100:COUNT, in chips, and NUMBERx before it for several hosts"),
         ("0xv5e:2x2", "write v5e:AxB, in chips, and NUMBERx before it for several slices"),
