@@ -174,7 +174,7 @@ def _find_here() -> Target:
     devices = jax.devices()
     kind = devices[0].device_kind
     chips = [chip for chip in (TPUS | GPUS).values() if kind.startswith(chip.kinds)]
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
     return Target(HERE, devices, platform, limit, chips[0].peak_tflops * 1e12 if chips else None)
 
