@@ -11,10 +11,19 @@ import jax
 import pytest
 
 from llava_jax import trainer
-from llava_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig, TuneConfig
+from llava_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from llava_jax.data import pipeline
 from llava_jax.errors import OutOfMemoryError
 from llava_jax.planning import targets
+from llava_jax.planning.activations import gathered_bytes
 from llava_jax.planning.advice import Situation, advise
 from llava_jax.planning.collectives import Traffic, read_collectives
 from llava_jax.planning.compilation import Compiled, needed_bytes
@@ -289,6 +298,7 @@ def test_advice_comes_cheapest_first_and_says_what_it_brings():
         "--config.train.frozen_dtype=bfloat16",
         "--config.mesh.data=1 --config.mesh.fsdp=-1",
         "--config.train.accumulation_steps=4",
+        "--config.train.remat=minimal",
         "--config.train.remat=dots",
         "--config.train.remat=full",
         "32 devices instead of 8",
@@ -298,7 +308,7 @@ def test_advice_comes_cheapest_first_and_says_what_it_brings():
     # 27 GiB of activations, of which 0.75 + 0.49 stay; three quarters of the rest go, and sums of gradients come.
     assert advice[2].saves == pytest.approx((27 - 1.24) * 0.75 * GIB - 3 * GIB, rel=0.01)
     # 4 rows x 2048 tokens x 32 layers, bfloat16: 4096 + 4 x 4096 (+ 4096 x 4 + 11008 x 2) and 3 x 4096 + 2 x 11008.
-    assert advice[4].saves == 4 * 2048 * 32 * 2 * ((3 + 2) * 4096 + 2 * 11008 + 5 * 4096 + 2 * 11008)
+    assert advice[5].saves == 4 * 2048 * 32 * 2 * ((3 + 2) * 4096 + 2 * 11008 + 5 * 4096 + 2 * 11008)
 
 
 def test_a_step_of_one_row_per_device_needs_more_devices_to_be_smaller():
@@ -307,6 +317,43 @@ def test_a_step_of_one_row_per_device_needs_more_devices_to_be_smaller():
         "--config.mesh.tensor=2 --config.train.accumulation_steps=2",
         "16 devices instead of 8",
     ]
+
+
+def lora(quantization: str, **train) -> dict:
+    return dict(
+        tune=TuneConfig(language_model="lora"),
+        lora=LoraConfig(quantization=quantization),
+        train=TrainConfig(**train),
+        data=DataConfig(batch_size=8),
+    )
+
+
+def test_a_run_by_lora_is_told_what_fewer_bits_would_bring():
+    kernels = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
+    int8 = kernels + 4 * outputs
+    nf4 = kernels // 2 + kernels // 64 + 4 * outputs + 4 * 7 * 32
+    *_, first, second, tensor, _ = advise(situation(20, **lora("none")))
+    assert first.change == "--config.lora.quantization=int8"
+    assert first.saves == pytest.approx((2 * kernels - int8) / 8, abs=8)
+    assert second.change == "--config.lora.quantization=nf4"
+    assert second.saves == pytest.approx((2 * kernels - nf4) / 8, abs=8)
+    assert tensor.change.startswith("--config.mesh.tensor=2 ")
+    changes = [each.change for each in advise(situation(20, **lora("int8")))]
+    assert [change for change in changes if "quantization" in change] == ["--config.lora.quantization=nf4"]
+    assert not any("quantization" in each.change for each in advise(situation(20, **lora("nf4"))))
+    # float32 of the frozen 1 GiB is what is not in 4 bits.
+    in_float32 = advise(situation(20, **lora("nf4", frozen_dtype="float32")))[0]
+    assert in_float32.change == "--config.train.frozen_dtype=bfloat16"
+    assert in_float32.saves == pytest.approx((GIB - nf4 / 8) / 2, abs=8)
+
+
+def test_quantised_matrices_are_gathered_as_they_are_kept():
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    scales = 4 * (4 * 4096 + 2 * 11008 + 4096)
+    assert gathered_bytes(Config(**lora("none"))) == 2 * 2 * layer
+    assert gathered_bytes(Config(**lora("int8"))) == 2 * (layer + scales) + 2 * 4096 * 11008
+    assert gathered_bytes(Config()) == 2 * 2 * layer + 4 * 4096 * 32000
 
 
 def test_rows_that_cannot_be_spread_are_refused_with_what_would_do(here):
