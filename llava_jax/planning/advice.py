@@ -172,7 +172,7 @@ def _quantize(situation: Situation) -> Iterator[Advice]:
         return
     prices = {"int8": "frozen weights in 8 bits", "nf4": "frozen weights in 4 bits, further from the model's"}
     for method in {"none": ("int8", "nf4"), "int8": ("nf4",)}.get(config.lora.quantization, ()):
-        if method == "nf4" and any(D % NF4_BLOCK for D, _ in decoder_kernels(config.model.text)):
+        if method == "nf4" and any(D % NF4_BLOCK for D, _ in decoder_kernels(config.model.text).values()):
             continue
         lora = dataclasses.replace(config.lora, quantization=method, double_quantization=True)
         other = dataclasses.replace(config, lora=lora)
@@ -188,7 +188,9 @@ def _kept_decoder(situation: Situation, config: Config) -> int:
         train = dataclasses.replace(config.train, dtype=config.train.frozen_dtype)
         config = dataclasses.replace(config, train=train)
     text = config.model.text
-    whole = text.num_hidden_layers * sum(kernel_bytes(config, shape) for shape in decoder_kernels(text))
+    whole = text.num_hidden_layers * sum(
+        kernel_bytes(config, shape) for shape in decoder_kernels(text).values()
+    )
     shards = situation.num_devices // situation.num_row_shards
     return whole // (shards * situation.fsdp if config.sharding.zero == 3 else shards)
 
