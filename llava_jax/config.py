@@ -561,7 +561,7 @@ class TrainConfig:
     frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
     attention: str = "auto"  # or flash_tpu, splash, mosaic_gpu, cudnn, xla, reference (kernels/attention.py)
     # What the backward pass recomputes: full (most), dots (attention and elementwise steps), minimal (only these; offload
-    # keeps what that keeps in the host's memory), none.
+    # keeps what that keeps in the host's memory), none; auto: the least that fits the devices' memory.
     remat: str = "full"
     scan_unroll: int = 1  # layers per iteration of the layer loop
     compiled_dir: str = (
@@ -586,7 +586,7 @@ class TrainConfig:
         for key in ("dtype", "frozen_dtype"):
             one_of(f"train.{key}", getattr(self, key), ("bfloat16", "float32"))
         one_of("train.attention", self.attention, ATTENTIONS)
-        one_of("train.remat", self.remat, ("none", "minimal", "offload", "dots", "full"))
+        one_of("train.remat", self.remat, ("auto", "none", "minimal", "offload", "dots", "full"))
         _positive("train", self, "num_epochs")
         require(
             self.max_steps is None or self.max_steps > 0,

@@ -192,7 +192,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "train.accumulation_steps",
             note="data.batch_size stays what it is and is cut into so many parts",
         ),
-        "gradient_checkpointing": _is("train.remat", note="full, dots, minimal, offload or none"),
+        "gradient_checkpointing": _is("train.remat", note="full, dots, minimal, offload, none or auto"),
         "disable_gradient_checkpointing": _is("train.remat", note='"none"'),
         "resume_from_checkpoint": _is(
             "checkpoint.resume_from_checkpoint", note="the newest good one unless set"

@@ -22,7 +22,8 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string
 TOPOLOGY = flags.DEFINE_string(
     "topology",
     None,
-    "v5e:8x8, v5p:4x4x4, v6e:4x4, ... (chips along a slice's sides), h200:1, h100:8, or here.",
+    "v5e:8x8, v5p:4x4x4, v6e:4x4, ... (chips along a slice's sides), h200:1, h100:8; 2xv5e:16x16 (slices), 4xh100:8 "
+    "(hosts); or here.",
 )
 STAGE = flags.DEFINE_string("stage", None, "The one stage of the recipe to plan; default: all of them.")
 TOKENS = flags.DEFINE_integer(
@@ -33,7 +34,7 @@ SAMPLES = flags.DEFINE_integer(
     "samples", None, "Samples of an epoch, where the data is not here.", lower_bound=1
 )
 SEARCH = flags.DEFINE_bool(
-    "search", False, "Look for the lightest rematerialisation and the most rows that fit."
+    "search", False, "Look for the most rows that fit with each rematerialisation, lightest first."
 )
 JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 flags.mark_flags_as_required(["config", "topology"])
@@ -70,7 +71,7 @@ def _plan(name: str, config: "Config", target: "Target") -> "StagePlan":
     from llava_jax.metrics import Counter
     from llava_jax.planning import report
     from llava_jax.planning.search import flags as search_flags
-    from llava_jax.planning.search import search
+    from llava_jax.planning.search import plan_lightest, search
     from llava_jax.planning.stage_plan import make_plan
     from llava_jax.planning.workload import Given, find_workload
 
@@ -86,7 +87,10 @@ def _plan(name: str, config: "Config", target: "Target") -> "StagePlan":
             return fitting[0]
         print("Nothing fits. The recipe as it is:")
     print("Compiling; a model of 7B takes one to four minutes ...", flush=True)
-    plan = make_plan(config, target, workload)
+    if config.train.remat == "auto":
+        plan = plan_lightest(config, target, workload, lambda how: print(how, flush=True))
+    else:
+        plan = make_plan(config, target, workload)
     print(f"\n{report.describe(plan)}", flush=True)
     return plan
 

@@ -220,16 +220,22 @@ def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig, placement: Placement |
     return sum_losses
 
 
+def can_offload(device: jax.Device) -> bool:
+    """Whether train.remat="offload" can put activations into memory of the host, and the device read them there."""
+    if device.platform in ("gpu", "cuda"):  # all can; one that is only described does not list that memory
+        return True
+    return "pinned_host" in {memory.kind for memory in device.addressable_memories()}
+
+
 def model_settings(config: Config, constrain: Callable, placement: Placement | None = None) -> dict:
     """How the stage wants its network run, as keyword arguments of LLaVA.
 
     placement: of attention's arrays on several devices. Raises ConfigError where train.attention or train.remat cannot
-    run.
+    run. Networks with train.remat="auto" do not run: planning/remat.py replaces that before.
     """
     device = placement.mesh.devices.flat[0] if placement else jax.devices()[0]
     check_platform(config.train.attention, device.platform)
-    memories = {memory.kind for memory in device.addressable_memories()}
-    if config.train.remat == "offload" and "pinned_host" not in memories:
+    if config.train.remat == "offload" and not can_offload(device):
         raise ConfigError(
             f"train.remat='offload' needs memory of the host that a {device.device_kind} reads; use 'full'."
         )

@@ -1,6 +1,7 @@
 """Runs a recipe: its stages in order, then evaluation, export and the report."""
 
 import contextlib
+import dataclasses
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax import report
+from llava_jax.checkpoint import saved_steps
 from llava_jax.compiler import keep_compiled
 from llava_jax.config import Config, ConfigError, one_of
 from llava_jax.config_values import to_json
@@ -25,6 +27,7 @@ from llava_jax.evaluation import check_questions, draw_samples, evaluate
 from llava_jax.generation import Generator
 from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.planning.out_of_memory import explain_out_of_memory
+from llava_jax.planning.remat import settle
 from llava_jax.processes import agree, code_version, from_first, is_first, together, wait_for_all
 from llava_jax.recipe import Recipe
 from llava_jax.reporting import check_reporters, open_reporters
@@ -130,6 +133,7 @@ def _run_stages(
     log = MetricsLog(workdir / "metrics.jsonl", read_only=not is_first())
     results = {}
     for stage in stages:
+        stage = _with_remat(stage, mesh, workdir)
         with (
             explain_out_of_memory(stage.config, mesh, stage.pipeline.shapes(0, stage.num_steps)),
             _reporting(stage, log, workdir),
@@ -152,6 +156,22 @@ def _run_stages(
             _export(weights, last, workdir)
     print(f"Done: {workdir}", flush=True)
     wait_for_all("the end of the run", timeout=6 * 3600.0)  # process 0 may have an export to write
+
+
+def _with_remat(stage: Stage, mesh: Mesh, workdir: Path) -> Stage:
+    """The stage, with train.remat="auto" replaced by what that means on these devices."""
+    if stage.config.train.remat != "auto":
+        return stage
+    config = settle(
+        stage.config,
+        mesh,
+        stage.num_steps,
+        max(stage.pipeline.shapes(0, stage.num_steps)),
+        stage=stage.name,
+        record=workdir / "remat.json",
+        continues=bool(saved_steps(stage.checkpoints)),
+    )
+    return dataclasses.replace(stage, config=config)
 
 
 @contextlib.contextmanager

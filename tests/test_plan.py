@@ -11,20 +11,35 @@ import jax
 import pytest
 
 from llava_jax import trainer
-from llava_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig, TuneConfig
+from llava_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    TextConfig,
+    TrainConfig,
+    TuneConfig,
+    VisionConfig,
+)
 from llava_jax.data import pipeline
 from llava_jax.errors import OutOfMemoryError
+from llava_jax.models.lora import dropout_keys
 from llava_jax.planning import targets
+from llava_jax.planning.activations import gathered_bytes, saved_bytes
 from llava_jax.planning.advice import Situation, advise
 from llava_jax.planning.collectives import Traffic, read_collectives
 from llava_jax.planning.compilation import Compiled, needed_bytes
 from llava_jax.planning.memory import Arguments, arguments
-from llava_jax.planning.search import flags, search
+from llava_jax.planning.remat import settle
+from llava_jax.planning.search import flags, plan_lightest, search
 from llava_jax.planning.stage_plan import StagePlan, make_plan
 from llava_jax.planning.workload import PACKED_SAMPLES_PER_ROW, Given, assume, find_workload
 from llava_jax.program import Program
 from llava_jax.recipe import parse
 from llava_jax.sharding import make_mesh
+from llava_jax.step import bind
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -35,13 +50,13 @@ HloModule jit_step, is_scheduled=true
 
 %start (param_0: bf16[1,64,256]) -> (bf16[1,64,256], bf16[1,512,256]) {
   %param_0 = bf16[1,64,256]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
-  %all-gather.1 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=83, dimensions={1}
+  %all-gather.1 = bf16[1,512,256]{2,1,0} all-gather(%param_0), channel_id=83, frontend_attributes={chain_id="7"}
   ROOT %custom-call.78 = (bf16[1,64,256]{2,1,0}, bf16[1,512,256]{2,1,0}) custom-call(%all-gather.1)
 }
 
 %done (param_0.1: bf16[1,64,256]) -> bf16[1,512,256] {
   %param_0.1 = bf16[1,64,256]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
-  ROOT %all-gather.2 = bf16[1,512,256]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.1), channel_id=83, dimensions={1}
+  ROOT %all-gather.2 = bf16[1,512,256]{2,1,0} all-gather(%param_0.1), channel_id=83, frontend_attributes={chain_id="7"}
 }
 
 %body (p: (s32[], bf16[1,64,256])) -> (s32[], bf16[1,64,256]) {
@@ -79,6 +94,31 @@ ENTRY %main (a: bf16[1,64,256], b: f32[64,512]) -> f32[64,512] {
   %w = (s32[]{:T(128)}, bf16[1,64,256]{2,1,0:T(8,128)(2,1)}) while(%a), condition=%condition, body=%body
   %v = (s32[]{:T(128)}, s32[]{:T(128)}, f32[64,512]{1,0:T(8,128)}) while(%b), condition=%more, body=%chunk
   ROOT %out = f32[64,512]{1,0:T(8,128)} get-tuple-element(%v), index=2
+}
+"""
+# As TPU's compiler writes the sums of gradients that shard_map asks for: all of them on channel 1.
+SUMS_HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.7 (p.1: bf16[512,512]) -> bf16[128,512] {
+  %p.1 = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.50 = bf16[512,512]{1,0:T(8,128)(2,1)} all-reduce(%p.1), channel_id=1, to_apply=%add
+  ROOT %slice.1 = bf16[128,512]{1,0:T(8,128)(2,1)} slice(%all-reduce.50), slice={[0:128], [0:512]}
+}
+
+%all-reduce-scatter.8 (p.2: bf16[512,512]) -> bf16[128,512] {
+  %p.2 = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.51 = bf16[512,512]{1,0:T(8,128)(2,1)} all-reduce(%p.2), channel_id=1, to_apply=%add
+  ROOT %slice.2 = bf16[128,512]{1,0:T(8,128)(2,1)} slice(%all-reduce.51), slice={[0:128], [0:512]}
+}
+
+ENTRY %main (a: bf16[512,512], b: bf16[512,512]) -> bf16[128,512] {
+  %a = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %f = bf16[128,512]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.7
+  %all-reduce.52 = bf16[128,512]{1,0:T(8,128)(2,1)} all-reduce(%f), channel_id=1, to_apply=%add
+  %g = bf16[128,512]{1,0:T(8,128)(2,1)} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.8
+  ROOT %sum = bf16[128,512]{1,0:T(8,128)(2,1)} add(%all-reduce.52, %g)
 }
 """
 # As the GPU compiler writes it.
@@ -124,19 +164,28 @@ def test_gpu_collectives_count_what_is_whole_before_or_after():
     assert num_uncertain == 0
 
 
+def test_sums_on_one_channel_are_counted_one_by_one():
+    traffic, num_uncertain = read_collectives(SUMS_HLO)
+    assert traffic == {"all-reduce": Traffic(3, (512 + 512 + 128) * 512 * 2)}
+    assert num_uncertain == 0
+
+
 def test_collectives_of_a_program_compiled_here_are_those_that_were_asked_for():
     mesh = make_mesh(MeshConfig(1, 8, 1))
-    rows = jax.NamedSharding(mesh, jax.P(mesh.axis_names[1]))
+    axis = mesh.axis_names[1]
+    rows = jax.NamedSharding(mesh, jax.P(axis))
 
     def sums(x):
         def add(i, total):
-            return total + jax.lax.psum(x * i, mesh.axis_names[1])
+            first = jax.lax.psum(x * i, axis)
+            return total + first + jax.lax.psum(jax.numpy.sin(first[:, :3]), axis).sum()
 
         return jax.lax.fori_loop(0, 5, add, jax.numpy.zeros_like(x))
 
     f = jax.shard_map(sums, mesh=mesh, in_specs=rows.spec, out_specs=rows.spec, check_vma=False)
-    compiled = jax.jit(f).lower(jax.ShapeDtypeStruct((8, 32), "float32", sharding=rows)).compile()
-    assert read_collectives(compiled.as_text()) == ({"all-reduce": Traffic(5, 5 * 32 * 4)}, 0)
+    hlo = jax.jit(f).lower(jax.ShapeDtypeStruct((8, 32), "float32", sharding=rows)).compile().as_text()
+    assert hlo.count(" all-reduce(") == hlo.count("channel_id=1,") == 2
+    assert read_collectives(hlo) == ({"all-reduce": Traffic(2 * 5, 5 * (32 + 3) * 4)}, 0)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +303,7 @@ def test_advice_comes_cheapest_first_and_says_what_it_brings():
         "--config.train.frozen_dtype=bfloat16",
         "--config.mesh.data=1 --config.mesh.fsdp=-1",
         "--config.train.accumulation_steps=4",
+        "--config.train.remat=minimal",
         "--config.train.remat=dots",
         "--config.train.remat=full",
         "32 devices instead of 8",
@@ -262,8 +312,8 @@ def test_advice_comes_cheapest_first_and_says_what_it_brings():
     assert advice[1].saves == (3 + 3 + 6 + 1) * GIB / 2
     # 27 GiB of activations, of which 0.75 + 0.49 stay; three quarters of the rest go, and sums of gradients come.
     assert advice[2].saves == pytest.approx((27 - 1.24) * 0.75 * GIB - 3 * GIB, rel=0.01)
-    # 4 rows x 2048 tokens x 32 layers, bfloat16: 4096 + 4 x 4096 (+ 4096 x 4 + 11008 x 2) and 3 x 4096 + 2 x 11008.
-    assert advice[4].saves == 4 * 2048 * 32 * 2 * ((3 + 2) * 4096 + 2 * 11008 + 5 * 4096 + 2 * 11008)
+    # 4 rows x 2048 tokens x 32 layers, bfloat16: all but the input of (8 + 4) x 4096 + 6 x 11008.
+    assert advice[5].saves == 4 * 2048 * 32 * 2 * (11 * 4096 + 6 * 11008)
 
 
 def test_a_step_of_one_row_per_device_needs_more_devices_to_be_smaller():
@@ -272,6 +322,99 @@ def test_a_step_of_one_row_per_device_needs_more_devices_to_be_smaller():
         "--config.mesh.tensor=2 --config.train.accumulation_steps=2",
         "16 devices instead of 8",
     ]
+
+
+def lora(quantization: str, **train) -> dict:
+    return dict(
+        tune=TuneConfig(language_model="lora"),
+        lora=LoraConfig(quantization=quantization),
+        train=TrainConfig(**train),
+        data=DataConfig(batch_size=8),
+    )
+
+
+def test_a_run_by_lora_is_told_what_fewer_bits_would_bring():
+    kernels = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
+    int8 = kernels + 4 * outputs
+    nf4 = kernels // 2 + kernels // 64 + 4 * outputs + 4 * 7 * 32
+    *_, first, second, tensor, _ = advise(situation(20, **lora("none")))
+    assert first.change == "--config.lora.quantization=int8"
+    assert first.saves == pytest.approx((2 * kernels - int8) / 8, abs=8)
+    assert second.change == "--config.lora.quantization=nf4"
+    assert second.saves == pytest.approx((2 * kernels - nf4) / 8, abs=8)
+    assert tensor.change.startswith("--config.mesh.tensor=2 ")
+    changes = [each.change for each in advise(situation(20, **lora("int8")))]
+    assert [change for change in changes if "quantization" in change] == ["--config.lora.quantization=nf4"]
+    assert not any("quantization" in each.change for each in advise(situation(20, **lora("nf4"))))
+    # float32 of the frozen 1 GiB is what is not in 4 bits.
+    in_float32 = advise(situation(20, **lora("nf4", frozen_dtype="float32")))[0]
+    assert in_float32.change == "--config.train.frozen_dtype=bfloat16"
+    assert in_float32.saves == pytest.approx((GIB - nf4 / 8) / 2, abs=8)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "minimal", "none"])
+@pytest.mark.parametrize("mode", ["full", "lora", "frozen"])
+def test_what_is_kept_for_the_backward_pass_is_what_jax_keeps(mode, remat):
+    L, B, T = 3, 5, 160
+    text = TextConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=L,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    vision = VisionConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=28
+    )
+    config = Config(
+        model=ModelConfig(vision, text),
+        tune=TuneConfig(language_model=mode),
+        lora=LoraConfig(rank=6) if mode == "lora" else LoraConfig(),
+        train=TrainConfig(remat=remat, attention="reference"),
+        data=DataConfig(batch_size=B, max_length=T),
+    )
+    kept = 0
+    for leaf in kept_for_the_backward_pass(config, T):
+        _, _, *rest = leaf.shape if leaf.shape[:2] == (L, B) else (0, 0, 0)
+        scores = rest.count(T) == 2 or rest[-1] in (0, 1)  # kernels keep none, and norms one number per token
+        kept += 0 if scores else leaf.size * leaf.dtype.itemsize
+    # Kernels need attention's output for its own gradient, whether or not that of the matrix after it is asked for.
+    unneeded = (mode, remat) in [("frozen", "minimal"), ("frozen", "none"), ("lora", "none")]
+    assert saved_bytes(config, B, T) == kept + unneeded * L * B * T * 4 * 16 * 2
+
+
+def kept_for_the_backward_pass(config: Config, length: int) -> list[jax.ShapeDtypeStruct]:
+    program = Program(config, make_mesh(config.mesh, jax.devices()[:1]), 1)
+    graphdef, _, keys = program._model
+
+    def pull_back(trainable, frozen, batch):
+        def loss(trainable):
+            parameters = trainable | frozen | dropout_keys(keys, jax.random.key(0))
+            hidden = bind(graphdef, parameters)(
+                batch["tokens"], batch["images"], batch["positions"], batch["segment_ids"]
+            )
+            return hidden.astype("float32").sum()
+
+        return jax.vjp(loss, trainable)[1]
+
+    batch = {
+        name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        for name, leaf in program.abstract_batch(length, 1).items()
+    }
+    return jax.tree.leaves(
+        jax.eval_shape(pull_back, program.abstract_trainable(), program.abstract_frozen(), batch)
+    )
+
+
+def test_quantised_matrices_are_gathered_as_they_are_kept():
+    layer = 4 * 4096**2 + 3 * 4096 * 11008
+    scales = 4 * (4 * 4096 + 2 * 11008 + 4096)
+    assert gathered_bytes(Config(**lora("none"))) == 2 * 2 * layer
+    assert gathered_bytes(Config(**lora("int8"))) == 2 * (layer + scales) + 2 * 4096 * 11008
+    assert gathered_bytes(Config()) == 2 * 2 * layer + 4 * 4096 * 32000
 
 
 def test_rows_that_cannot_be_spread_are_refused_with_what_would_do(here):
@@ -292,43 +435,144 @@ def test_a_missing_cudnn_is_answered_with_what_would_do(here, monkeypatch):
         make_plan(config, here, assume(config, Given(), ""))
 
 
-def test_search_takes_the_most_rows_that_fit_for_each_rematerialisation(here, monkeypatch):
-    """4 rows per device at most; each needs 5 GiB with "none", 3 with "dots", 2 with "full", beside 2 for the state."""
-    tried = []
+@pytest.fixture
+def planning_without_compiling(monkeypatch):
+    """Plans whose steps need so many GiB per row and device beside 2 for the state."""
+    needs = {"none": 5, "minimal": 4, "dots": 3, "full": 2, "offload": 2}
 
-    def compile_nothing(config, target, workload):
-        rows = 32 // 8 // config.train.accumulation_steps
-        peak = (2 + {"none": 5, "dots": 3, "full": 2}[config.train.remat] * rows) * GIB
-        compiled = Compiled(peak, peak <= target.hbm_bytes, 0, "")
+    def make_plan(config, target, workload):
+        rows = config.data.batch_size // 8 // config.train.accumulation_steps
+        peak = (2 + needs[config.train.remat] * rows) * GIB
+        compiled = Compiled(peak, target.hbm_bytes and peak <= target.hbm_bytes, 0, "")
         return StagePlan(config, target, make_mesh(config.mesh), workload, None, compiled, {}, 0, {})
 
-    monkeypatch.setattr("llava_jax.planning.search.make_plan", compile_nothing)
-    config = Config(data=DataConfig(batch_size=32, max_length=1024))
+    monkeypatch.setattr("llava_jax.planning.search.make_plan", make_plan)
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_search_takes_the_most_rows_that_fit_for_each_rematerialisation(
+    here, planning_without_compiling, monkeypatch, offloads
+):
+    monkeypatch.setattr("llava_jax.planning.search.can_offload", lambda device: offloads)
+    tried = []
+    config = Config(data=DataConfig(batch_size=32, max_length=1024))  # 4 rows per device at most
     workload = assume(config, Given(tokens=256), "")
-    target = dataclasses.replace(here, hbm_bytes=int(12.6 * GIB))
+    target = dataclasses.replace(here, hbm_bytes=int(13.4 * GIB))
     found = search(config, target, workload, tried.append)
+    with_offload = [("offload", 4)] if offloads else []
     assert [(plan.config.train.remat, plan.rows_per_device) for plan in found] == [
         ("none", 2),
+        ("minimal", 2),
         ("dots", 2),
         ("full", 4),
+        *with_offload,
     ]
     # 9.5 GiB of arguments leave no room for what "none" keeps of 4 rows, so that was not compiled.
     assert [(plan.config.train.remat, plan.rows_per_device) for plan in tried] == [
         ("none", 2),
+        ("minimal", 4),
+        ("minimal", 2),
         ("dots", 4),
         ("dots", 2),
         ("full", 4),
+        *with_offload,
     ]
     assert flags(found[0]) == "--config.train.remat=none --config.train.accumulation_steps=2"
     assert search(config, dataclasses.replace(here, hbm_bytes=GIB), workload, tried.append) == []
 
 
 @pytest.mark.parametrize(
+    ("hbm_gib", "remat", "how"),
+    [
+        (
+            22,  # of which "none" would take all
+            "minimal",
+            "train.remat=auto: minimal (none needs 22.00, minimal needs 18.00; 95% of 22.00 GiB may be taken)",
+        ),
+        (
+            10,
+            "full",
+            "train.remat=auto: full (none needs 22.00, minimal needs 18.00, dots needs 14.00; 95% of 10.00 GiB may be "
+            "taken)",
+        ),
+        (
+            None,
+            "full",
+            "train.remat=auto: full, for these devices do not tell how much memory they have",
+        ),
+    ],
+)
+def test_auto_is_planned_as_the_lightest_rematerialisation_that_fits(
+    here, planning_without_compiling, hbm_gib, remat, how
+):
+    config = Config(data=DataConfig(batch_size=32), train=TrainConfig(remat="auto"))
+    target = dataclasses.replace(here, hbm_bytes=hbm_gib and hbm_gib * GIB)
+    told = []
+    plan = plan_lightest(config, target, assume(config, Given(), ""), told.append)
+    assert (plan.config.train.remat, told) == (remat, [how])
+
+
+def test_a_run_takes_the_lightest_rematerialisation_that_fits_and_keeps_to_it(
+    tiny_recipe, tmp_path, monkeypatch, capsys
+):
+    compiled = []
+
+    def compile_step(program, target, length, num_images, *, argument_bytes):
+        compiled.append((program.config.train.remat, program.num_steps, length, num_images))
+        return Compiled(
+            argument_bytes + {"none": 200, "minimal": 80}[program.config.train.remat], None, 0, ""
+        )
+
+    def limit(name):
+        return dataclasses.replace(targets.find(name), hbm_bytes=10**9)
+
+    monkeypatch.setattr("llava_jax.planning.remat.compile_step", compile_step)
+    monkeypatch.setattr("llava_jax.planning.remat.find", limit)
+    tiny_recipe.train.remat, tiny_recipe.mesh.fsdp = "auto", -1
+    monkeypatch.setattr("llava_jax.planning.remat.USABLE", 1e-9 * (bytes_of_arguments(tiny_recipe) + 100))
+    tiny_recipe.train.max_steps = 1
+    trainer.run(parse(tiny_recipe), tmp_path / "run")
+    expected = [("none", 1, 128, 1), ("minimal", 1, 128, 1)]
+    assert compiled == expected
+    assert "tiny: train.remat=auto: minimal (none needs 0.00, minimal needs 0.00; " in capsys.readouterr().out
+    record = json.loads((tmp_path / "run/remat.json").read_text())
+    assert record[""]["remat"] == "minimal" and record[""]["hbm_gib"] == 10**9 / GIB
+    assert json.loads((tmp_path / "run/config.json").read_text())["stages"][""]["train"]["remat"] == "auto"
+
+    trainer.run(parse(tiny_recipe), tmp_path / "run")  # all is done, and nothing compiled
+    assert "tiny: train.remat=auto: minimal, as before" in capsys.readouterr().out
+    assert compiled == expected
+    tiny_recipe.train.scan_unroll = 2  # another step, which may need more
+    trainer.run(parse(tiny_recipe), tmp_path / "run")
+    assert compiled == 2 * expected
+
+
+def bytes_of_arguments(recipe) -> int:
+    config = parse(recipe).last
+    return arguments(Program(config, make_mesh(config.mesh), 4), 128, 1).total
+
+
+def test_where_devices_do_not_tell_their_memory_auto_is_full(tiny_config, tmp_path, capsys):
+    config = dataclasses.replace(tiny_config, mesh=MeshConfig(), train=TrainConfig(remat="auto"))
+    record = tmp_path / "remat.json"
+    mesh = make_mesh(config.mesh)
+    settled = settle(config, mesh, 4, (128, 1), stage="finetune", record=record, continues=False)
+    assert settled == dataclasses.replace(config, train=TrainConfig(remat="full"))
+    assert capsys.readouterr().out.startswith(
+        "finetune: train.remat=auto: full, for these devices do not tell"
+    )
+    assert json.loads(record.read_text())["finetune"]["remat"] == "full"
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5e", r"--topology=v5e: write v5e:AxB, in chips\. Examples"),
+        ("v5e", r"--topology=v5e: write v5e:AxB, in chips, .*\. Examples"),
         ("v5p:4x4", "write v5p:AxBxC"),
-        ("h100:8x8", "write h100:COUNT"),
+        ("h100:8x8", "write h100:COUNT, in chips, and NUMBERx before it for several hosts"),
+        ("0xv5e:2x2", "write v5e:AxB, in chips, and NUMBERx before it for several slices"),
+        ("2xv5e", "write v5e:AxB"),
+        ("twoxv5e:2x2", "'twoxv5e' is not one of"),
         ("v5litepod-16", "'v5litepod-16' is not one of v4, v5e"),
     ],
 )

@@ -1,6 +1,10 @@
 """How large the parts of a step's activations are, by arithmetic; the compiler's own account is the peak it reports."""
 
-from llava_jax.config import Config
+import math
+
+from llava_jax.config import Config, TextConfig
+from llava_jax.models.quantization import Quantization
+from llava_jax.tuning import lora_targets
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -8,25 +12,83 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 def saved_bytes(config: Config, rows: int, length: int) -> int:
     """What a device keeps of the decoder for the backward pass, for that many rows of a microbatch.
 
-    remat="full" keeps the input of each block, "dots" also the outputs of its matrices, "minimal" also attention's, "none"
-    also what elementwise steps between them need. With "offload" the inputs alone are on the device.
+    remat="full" keeps the input of each block, "dots" also the outputs of its matrices, "minimal" also attention's. Adapters
+    have outputs of their own. With "offload" the inputs alone are on the device.
     """
-    text = config.model.text
+    text, size = config.model.text, _BYTES[config.train.dtype]
     D, F, H = text.hidden_size, text.intermediate_size, text.head_dim
-    width = D
-    if config.train.remat not in ("full", "offload"):
-        width += (text.num_attention_heads + 2 * text.num_key_value_heads) * H + 2 * D + 2 * F
-    if config.train.remat in ("minimal", "none"):
-        width += text.num_attention_heads * H
-    if config.train.remat == "none":
-        width += 4 * D + 2 * F
-    return rows * length * text.num_hidden_layers * width * _BYTES[config.train.dtype]
+    attention = 2 * (text.num_attention_heads + text.num_key_value_heads) * H  # q, k, v and its output
+    if config.train.remat in ("full", "offload"):
+        width = D
+    elif config.train.remat == "none":
+        return rows * length * text.num_hidden_layers * _unrecomputed(config, attention)
+    else:
+        width = 2 * D + attention + 2 * F + sum(_adapter_widths(config))
+        if config.train.remat == "dots":
+            width -= text.num_attention_heads * H
+    return rows * length * text.num_hidden_layers * width * size
+
+
+def _unrecomputed(config: Config, attention: int) -> int:
+    """Bytes per token and layer with remat="none": norms in float32, attention, the MLP's elementwise steps, and the inputs
+    of what has a gradient."""
+    text, size = config.model.text, _BYTES[config.train.dtype]
+    D, F = text.hidden_size, text.intermediate_size
+    kept = 4 * 2 * D + size * (attention + 5 * F)
+    if config.tune.language_model in ("full", "partial"):
+        kept += size * (4 * D + F)
+    adapted = _adapted(config)
+    kept += size * config.lora.rank * len(adapted)
+    if config.lora.dropout:  # of each adapter another, and a byte that says what it dropped
+        kept += (size + 1) * sum(inputs for inputs, _ in adapted.values())
+    return kept
+
+
+def _adapter_widths(config: Config) -> list[int]:
+    """Of the decoder's adapters what the products with A and B give; what the block ends with is not kept."""
+    adapted = _adapted(config)
+    return [
+        config.lora.rank + (outputs if name != "down_proj" else 0) for name, (_, outputs) in adapted.items()
+    ]
+
+
+def _adapted(config: Config) -> dict[str, tuple[int, int]]:
+    names = lora_targets(config).get("language_model", ())
+    return {name: shape for name, shape in decoder_kernels(config.model.text).items() if name in names}
 
 
 def gathered_bytes(config: Config) -> int:
-    """What a device holds whatever the rows: the gathered matrices of two layers, and the gradient of the head."""
+    """What a device holds whatever the rows: the gathered matrices of two layers, and the gradient of the head.
+
+    Quantised matrices are gathered as their codes, and one at a time is unpacked.
+    """
     text = config.model.text
-    heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
-    layer = text.hidden_size * (heads * text.head_dim + 3 * text.intermediate_size)
-    head = text.hidden_size * text.vocab_size
-    return 2 * layer * _BYTES[config.train.dtype] + (4 * head if config.tune.language_model == "full" else 0)
+    layer = sum(kernel_bytes(config, shape) for shape in decoder_kernels(text).values())
+    unpacked = 0
+    if config.lora.quantization != "none":
+        unpacked = max(D * F for D, F in decoder_kernels(text).values()) * _BYTES[config.train.dtype]
+    head = 4 * text.hidden_size * text.vocab_size if config.tune.language_model == "full" else 0
+    return 2 * layer + unpacked + head
+
+
+def decoder_kernels(text: TextConfig) -> dict[str, tuple[int, int]]:
+    """The shapes [D, F] of a decoder layer's matrices by name."""
+    D, F, H = text.hidden_size, text.intermediate_size, text.head_dim
+    queries, keys = text.num_attention_heads * H, text.num_key_value_heads * H
+    return {
+        "q_proj": (D, queries),
+        "k_proj": (D, keys),
+        "v_proj": (D, keys),
+        "o_proj": (queries, D),
+        "gate_proj": (D, F),
+        "up_proj": (D, F),
+        "down_proj": (F, D),
+    }
+
+
+def kernel_bytes(config: Config, shape: tuple[int, int]) -> int:
+    """Of one such matrix as products read it, or, quantised, as it is kept."""
+    quantization = Quantization.of(config.lora)
+    if quantization is None:
+        return math.prod(shape) * _BYTES[config.train.dtype]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in quantization.leaves(shape).values())

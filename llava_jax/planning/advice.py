@@ -5,9 +5,10 @@ import os
 from collections.abc import Iterator
 
 from llava_jax.config import Config
-from llava_jax.planning.activations import gathered_bytes, saved_bytes
+from llava_jax.planning.activations import decoder_kernels, gathered_bytes, kernel_bytes, saved_bytes
 from llava_jax.planning.memory import Arguments
 from llava_jax.planning.targets import DEFAULT_MEMORY_FRACTION, GIB, MEMORY_FRACTION
+from llava_jax.tuning import NF4_BLOCK
 
 _HIGH_FRACTION = 0.95  # of a card; the rest is for the driver, libraries and NCCL
 _WORTH_TELLING = GIB // 20
@@ -25,6 +26,12 @@ class Situation:
     arguments: Arguments
     peak: int
     hbm: int
+
+    @property
+    def fsdp(self) -> int:
+        """Devices that share what sharding.zero splits."""
+        mesh = self.config.mesh
+        return self.num_devices // (mesh.data * mesh.tensor) if mesh.fsdp == -1 else mesh.fsdp
 
     @property
     def rows(self) -> int:
@@ -60,6 +67,7 @@ def advise(situation: Situation) -> list[Advice]:
         _accumulate,
         _recompute,
         _shorter_rows,
+        _quantize,
         _tensor,
         _more_devices,
     )
@@ -78,23 +86,21 @@ def _memory_fraction(situation: Situation) -> Iterator[Advice]:
 
 
 def _frozen_dtype(situation: Situation) -> Iterator[Advice]:
-    if situation.config.train.frozen_dtype == "float32":
-        saves = situation.arguments.frozen // 2
+    config = situation.config
+    if config.train.frozen_dtype == "float32":
+        quantized = config.lora.quantization != "none"
+        saves = (situation.arguments.frozen - quantized * _kept_decoder(situation, config)) // 2
         yield Advice("--config.train.frozen_dtype=bfloat16", saves, "nothing if the computation is bfloat16")
 
 
 def _zero(situation: Situation) -> Iterator[Advice]:
-    shards = situation.config.mesh.fsdp
-    if shards == -1:
-        mesh = situation.config.mesh
-        shards = situation.num_devices // (mesh.data * mesh.tensor)
     stage, sizes = situation.config.sharding.zero, situation.arguments
     whole = {1: sizes.parameters + sizes.frozen + sizes.gradients, 2: sizes.parameters + sizes.frozen, 3: 0}[
         stage
     ]
     yield Advice(
         "--config.sharding.zero=3",
-        whole - whole // shards,
+        whole - whole // situation.fsdp,
         "parameters are gathered in every layer, in both passes",
     )
 
@@ -131,18 +137,19 @@ def _accumulate(situation: Situation) -> Iterator[Advice]:
 
 def _recompute(situation: Situation) -> Iterator[Advice]:
     config = situation.config
-    policies = {"none": ("dots", "full"), "minimal": ("dots", "full"), "dots": ("full",)}.get(
-        config.train.remat, ()
-    )
+    heavier = ("minimal", "dots", "full")
+    policies = {"none": heavier, "minimal": heavier[1:], "dots": heavier[2:]}.get(config.train.remat, ())
     for policy in policies:
         train = dataclasses.replace(config.train, remat=policy)
         other = dataclasses.replace(config, train=train)
         saves = saved_bytes(config, situation.rows, situation.length) - saved_bytes(
             other, situation.rows, situation.length
         )
-        price = {"dots": "elementwise work is done twice", "full": "a third more FLOPs than the model's"}[
-            policy
-        ]
+        price = {
+            "minimal": "elementwise work is done twice",
+            "dots": "attention too is done twice",
+            "full": "a third more FLOPs than the model's",
+        }[policy]
         yield Advice(f"--config.train.remat={policy}", saves, price)
 
 
@@ -157,6 +164,35 @@ def _shorter_rows(situation: Situation) -> Iterator[Advice]:
             by_rows // 2 - sums,
             "as accumulation, and a little more padding",
         )
+
+
+def _quantize(situation: Situation) -> Iterator[Advice]:
+    config = situation.config
+    if config.tune.language_model != "lora":
+        return
+    prices = {"int8": "frozen weights in 8 bits", "nf4": "frozen weights in 4 bits, further from the model's"}
+    for method in {"none": ("int8", "nf4"), "int8": ("nf4",)}.get(config.lora.quantization, ()):
+        if method == "nf4" and any(D % NF4_BLOCK for D, _ in decoder_kernels(config.model.text).values()):
+            continue
+        lora = dataclasses.replace(config.lora, quantization=method, double_quantization=True)
+        other = dataclasses.replace(config, lora=lora)
+        saves = _kept_decoder(situation, config) - _kept_decoder(situation, other)
+        yield Advice(
+            f"--config.lora.quantization={method}", saves, f"{prices[method]}, unpacked in every layer"
+        )
+
+
+def _kept_decoder(situation: Situation, config: Config) -> int:
+    """Bytes per device of the decoder's layers, where they are frozen, as this config would keep them."""
+    if config.lora.quantization == "none":
+        train = dataclasses.replace(config.train, dtype=config.train.frozen_dtype)
+        config = dataclasses.replace(config, train=train)
+    text = config.model.text
+    whole = text.num_hidden_layers * sum(
+        kernel_bytes(config, shape) for shape in decoder_kernels(text).values()
+    )
+    shards = situation.num_devices // situation.num_row_shards
+    return whole // (shards * situation.fsdp if config.sharding.zero == 3 else shards)
 
 
 def _tensor(situation: Situation) -> Iterator[Advice]:

@@ -41,6 +41,12 @@ class _Instruction:
         return kind if kind in KINDS else None
 
     @property
+    def chain(self) -> str | None:
+        """Of a collective that TPU's compiler has spread over several fusions, each of which spells it: its number."""
+        found = re.search(r'\bchain_id="(\d+)"', self.rest)
+        return found and found[1]
+
+    @property
     def called(self) -> list[str]:
         branches = _BRANCHES.search(self.rest)
         names = _CALLED.findall(self.rest)
@@ -86,14 +92,12 @@ class _Program:
         return self._visit(self._entry, 1, True, set())
 
     def _visit(self, name: str, times: int, known: bool, seen: set) -> Iterator:
-        """`seen`: TPU's asynchronous collectives are spread over several fusions, each of which spells them."""
+        """`seen`: the chains met so far. Channels do not tell collectives apart: all of shard_map's have number 1."""
         computation = self._computations.get(name, {})
         for instruction in computation.values():
             if instruction.kind:
-                channel = re.search(r"\bchannel_id=(\d+)", instruction.rest)
-                key = (instruction.kind, channel[1] if channel else (name, instruction.name))
-                if key not in seen:
-                    seen.add(key)
+                if instruction.chain is None or instruction.chain not in seen:
+                    seen.add(instruction.chain)
                     operands = (computation[o].type for o in instruction.operands if o in computation)
                     yield instruction, sum(map(_num_bytes, operands)), times, known
             elif instruction.opcode == "while":
@@ -123,6 +127,8 @@ class _Program:
 
 def _size(instruction: _Instruction, operand_bytes: int) -> int:
     """The larger of what goes in and what comes out; an asynchronous start gives both as its result."""
+    if instruction.opcode == "send":  # whose result is what the end of sending takes
+        return operand_bytes
     result = _num_bytes(instruction.type)
     if instruction.opcode.endswith("-start"):
         result -= operand_bytes

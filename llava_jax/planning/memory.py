@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import jax
 
+from llava_jax.planning.activations import saved_bytes
 from llava_jax.program import Program
-from llava_jax.sharding import gradient_sharding
+from llava_jax.sharding import gradient_sharding, num_row_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,15 @@ def arguments(program: Program, length: int, num_images: int) -> Arguments:
         batch=_bytes_per_device(program.abstract_batch(length, num_images).values()),
         gradients=_bytes_per_device(_gradients(program, state.trainable)),
     )
+
+
+def least_bytes(program: Program, sizes: Arguments, length: int) -> int:
+    """What a step of rows of that many tokens needs in any case: its arguments, and the activations it keeps."""
+    config, mesh = program.config, program.mesh
+    shards = num_row_shards(mesh)
+    rows = config.data.batch_size // config.train.accumulation_steps // shards
+    parts = mesh.size // shards  # among which each row is split
+    return sizes.total + saved_bytes(config, rows, length) // parts
 
 
 def _gradients(

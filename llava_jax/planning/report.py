@@ -44,7 +44,7 @@ def search_line(plan: StagePlan) -> str:
     """One try of a search."""
     verdict = {True: "fits", False: "does not fit", None: "compiled"}[plan.compiled.fits]
     return (
-        f"  remat {plan.config.train.remat:<4}  {plan.rows_per_device:>4} rows per device at a time  "
+        f"  remat {plan.config.train.remat:<7}  {plan.rows_per_device:>4} rows per device at a time  "
         f"{plan.compiled.peak / GIB:>8.2f} GiB  {verdict:<12}  {flags(plan)}"
     )
 

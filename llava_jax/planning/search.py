@@ -1,30 +1,46 @@
-"""Looks for the lightest rematerialisation, and with each the most rows at a time, that fit."""
+"""Looks for the rematerialisations, and with each the most rows at a time, that fit."""
 
 import dataclasses
 from collections.abc import Callable
 
 from llava_jax.config import Config
-from llava_jax.planning.activations import saved_bytes
-from llava_jax.planning.memory import arguments
-from llava_jax.planning.stage_plan import StagePlan, make_plan, rows_per_device
+from llava_jax.planning.memory import arguments, least_bytes
+from llava_jax.planning.remat import LIGHTEST_FIRST, choose, with_remat
+from llava_jax.planning.stage_plan import StagePlan, make_plan
 from llava_jax.planning.targets import Target
 from llava_jax.planning.workload import Workload
 from llava_jax.program import Program
 from llava_jax.sharding import make_mesh, num_row_shards
+from llava_jax.step import can_offload
 
-LIGHTEST_FIRST = ("none", "dots", "full")
+
+def plan_lightest(
+    config: Config, target: Target, workload: Workload, tell: Callable[[str], None]
+) -> StagePlan:
+    """The plan of a stage whose train.remat is "auto", as training would replace that; tell(how)."""
+    plans = {}
+
+    def measure(candidate: Config) -> int:
+        plans[candidate.train.remat] = make_plan(candidate, target, workload)
+        return plans[candidate.train.remat].compiled.peak
+
+    choice = choose(config, target.hbm_bytes, measure)
+    tell(str(choice))
+    return plans.get(choice.remat) or make_plan(with_remat(config, choice.remat), target, workload)
 
 
 def search(
     config: Config, target: Target, workload: Workload, tell: Callable[[StagePlan], None]
 ) -> list[StagePlan]:
-    """The plans that fit, one per rematerialisation, lightest first: each has the most rows per device that do.
+    """The plans that fit, one per rematerialisation, lightest first, "offload" last: each has the most rows per device
+    that do.
 
     The rows of a step stay those of the recipe; accumulation divides them. tell(plan) is called with each that is
     compiled. Empty if nothing fits.
     """
     fitting = []
-    for remat in LIGHTEST_FIRST:
+    offload = ("offload",) if can_offload(target.devices[0]) else ()
+    for remat in (*LIGHTEST_FIRST, *offload):
         for candidate in _candidates(config, target, remat):
             if _surely_too_large(candidate, target, workload):
                 continue
@@ -62,8 +78,6 @@ def _surely_too_large(config: Config, target: Target, workload: Workload) -> boo
     """Whether arguments and kept activations alone exceed the memory, so that no compiler need be asked."""
     if target.hbm_bytes is None:
         return False
-    mesh = make_mesh(config.mesh, target.devices)
-    given = arguments(Program(config, mesh, 1), workload.length, workload.num_images).total
-    kept = saved_bytes(config, rows_per_device(config, mesh), workload.length)
-    parts = mesh.size // num_row_shards(mesh)  # among which each row is split
-    return given + kept // parts > target.hbm_bytes
+    program = Program(config, make_mesh(config.mesh, target.devices), 1)
+    sizes = arguments(program, workload.length, workload.num_images)
+    return least_bytes(program, sizes, workload.length) > target.hbm_bytes

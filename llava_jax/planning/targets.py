@@ -1,11 +1,11 @@
-"""Devices to plan for: a TPU slice or GPUs that are only described, or those of this machine."""
+"""Devices to plan for: TPU slices or hosts of GPUs that are only described, or those of this machine."""
 
 import dataclasses
 import importlib.util
 import math
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.config import ConfigError
 
@@ -41,7 +41,7 @@ GPUS = {
     "h100": Chip(("NVIDIA H100",), 79.65, 989),
     "h200": Chip(("NVIDIA H200",), 140.4, 989),
 }
-_EXAMPLES = "v5e:8x8, v5p:4x4x4, v6e:4x4, h100:8 or here"
+_EXAMPLES = "v5e:8x8, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8, 4xh100:8 (four hosts) or here"
 # The share of a card that JAX takes (docs.jax.dev, GPU memory allocation).
 MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 DEFAULT_MEMORY_FRACTION = 0.75
@@ -66,8 +66,7 @@ def prepare(name: str) -> None:
     """
     if name == HERE:
         return
-    family, _ = _parse(name)
-    if family in GPUS:
+    if _parse(name).family in GPUS:
         _require_module(
             "jax_cuda13_plugin", "pip install -c constraints.txt jax-cuda13-plugin jax-cuda13-pjrt"
         )
@@ -84,14 +83,22 @@ def find(name: str) -> Target:
     """The devices of this name. Raises ConfigError when there is no such topology."""
     if name == HERE:
         return _find_here()
-    family, shape = _parse(name)
-    if family in GPUS:
-        return _describe_gpus(name, family, shape)
-    return _describe_tpus(name, family)
+    topology = _parse(name)
+    if topology.family in GPUS:
+        return _describe_gpus(name, topology)
+    return _describe_tpus(name, topology)
 
 
-def _parse(name: str) -> tuple[str, tuple[int, ...]]:
-    family, _, shape = name.partition(":")
+class _Topology(NamedTuple):
+    """TPU slices, or hosts of GPUs, all of one shape."""
+
+    number: int
+    family: str
+    shape: tuple[int, ...]
+
+
+def _parse(name: str) -> _Topology:
+    number, family, shape = re.fullmatch(r"(?:(\d+)x)?([^:]*):?(.*)", name, re.DOTALL).groups()
     dimensions = re.fullmatch(r"\d+(x\d+)*", shape)
     num_dimensions = 1 if family in GPUS else 2 if family in ("v5e", "v6e") else 3
     if family not in TPUS | GPUS:
@@ -99,10 +106,13 @@ def _parse(name: str) -> tuple[str, tuple[int, ...]]:
             f"--topology={name}: {family!r} is not one of {', '.join(TPUS | GPUS)}. Examples: {_EXAMPLES}."
         )
     sizes = tuple(map(int, shape.split("x"))) if dimensions else ()
-    if len(sizes) != num_dimensions or not math.prod(sizes):
+    if len(sizes) != num_dimensions or not math.prod(sizes) or number == "0":
         form = {1: "COUNT", 2: "AxB", 3: "AxBxC"}[num_dimensions]
-        raise ConfigError(f"--topology={name}: write {family}:{form}, in chips. Examples: {_EXAMPLES}.")
-    return family, sizes
+        several = f"NUMBERx before it for several {'hosts' if family in GPUS else 'slices'}"
+        raise ConfigError(
+            f"--topology={name}: write {family}:{form}, in chips, and {several}. Examples: {_EXAMPLES}."
+        )
+    return _Topology(int(number or 1), family, sizes)
 
 
 def _require_module(module: str, command: str) -> None:
@@ -112,36 +122,41 @@ def _require_module(module: str, command: str) -> None:
         )
 
 
-def _describe_tpus(name: str, family: str) -> Target:
+def _describe_tpus(name: str, topology: _Topology) -> Target:
     from jax.experimental import topologies
 
+    number, family, shape = topology
     options = (
         {"chip_config_name": "megacore"} if family == "v4" else {}
     )  # one device per chip, as JAX has it there
-    if math.prod(_parse(name)[1]) == 1:
+    if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    slice_name = f"{family}:{'x'.join(map(str, shape))}"
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=slice_name, num_slices=number, **options
+        )
     except Exception as error:  # whatever libtpu raises
         raise ConfigError(
             f"--topology={name}: libtpu knows no such slice ({_first_line(error)}). "
             "Slices are made of hosts with 2x2 chips; a single chip is 1x1."
         ) from error
     chip = TPUS[family]
-    return Target(name, list(devices), "tpu", int(chip.hbm_gib * GIB), chip.peak_tflops * 1e12)
+    return Target(name, list(described.devices), "tpu", int(chip.hbm_gib * GIB), chip.peak_tflops * 1e12)
 
 
-def _describe_gpus(name: str, family: str, shape: tuple[int, ...]) -> Target:
+def _describe_gpus(name: str, topology: _Topology) -> Target:
     from jax.experimental import topologies
 
     from llava_jax.planning.gpu_descriptions import DESCRIPTIONS
 
+    number, family, (per_host,) = topology
     try:
         described = topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
             target_config=DESCRIPTIONS[family],
-            topology=f"1x1x{shape[0]}",  # slices, hosts, devices
+            topology=f"1x{number}x{per_host}",  # slices, hosts, devices
         )
     except Exception as error:  # whatever the plugin raises
         raise ConfigError(f"--topology={name}: the CUDA plugin refuses it ({_first_line(error)}).") from error
@@ -159,7 +174,7 @@ def _find_here() -> Target:
     devices = jax.devices()
     kind = devices[0].device_kind
     chips = [chip for chip in (TPUS | GPUS).values() if kind.startswith(chip.kinds)]
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
     return Target(HERE, devices, platform, limit, chips[0].peak_tflops * 1e12 if chips else None)
 
