@@ -125,6 +125,9 @@ class ModelConfig:
     # and how the features of its tiles are laid out.
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
     patch_merge_type: str = "flat"  # spatial, spatial_unpad (cuts padding off, ends rows with image_newline)
+    # Tokens that the first LLaVA adds to the decoder's own; text.vocab_size counts them.
+    use_im_start_end: bool = False  # <im_start> and <im_end>, written around every image
+    use_im_patch_token: bool = False  # <im_patch>, with which nothing is written
 
     def __post_init__(self):
         one_of("model.patch_merge_type", self.patch_merge_type, ("flat", "spatial", "spatial_unpad"))
@@ -157,6 +160,12 @@ class ModelConfig:
             f"model.projector_type={name!r} is not one of 'linear', 'identity', 'mlp2x_gelu' "
             "(or another number of layers in place of 2)."
         )
+
+    @property
+    def extra_tokens(self) -> tuple[str, ...]:
+        """The special tokens that are added to the decoder's own, in the original's order."""
+        patch = ("<im_patch>",) if self.use_im_patch_token else ()
+        return patch + (("<im_start>", "<im_end>") if self.use_im_start_end else ())
 
     @property
     def num_vision_layers_run(self) -> int:

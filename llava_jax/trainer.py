@@ -201,7 +201,7 @@ def _load_tokenizer(weights: ModelSource) -> Tokenizer:
         raise ConfigError(
             "No tokenizer: set init.tokenizer to a tokenizer.model or a directory that holds one."
         )
-    tokenizer = load_tokenizer(weights.tokenizer_path)
+    tokenizer = load_tokenizer(weights.tokenizer_path, weights.config.extra_tokens)
     require_room(tokenizer, weights.config.text.vocab_size)
     return tokenizer
 

@@ -16,6 +16,14 @@ from llava_jax.config_values import from_json
 from llava_jax.convert import recycled
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
+from llava_jax.convert.vocabulary import (
+    EMBEDDING,
+    embeddings_of,
+    saved_embeddings,
+    with_embeddings,
+    with_mean_rows,
+)
+from llava_jax.data.tokenizer import load_tokenizer, require_room
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.models.quantization import Quantization
 from llava_jax.saved_parameters import SavedParameters
@@ -47,7 +55,7 @@ def initial_weights(config: Config) -> ModelSource:
             f"init.model={init.model} is a part of a model (layout {source.layout}); "
             "set init.vision_tower or init.language_model to it instead."
         )
-    source = _with_tiles(source, model)
+    source = _with_tokens(_with_tiles(source, model), config)
     differing = _differences(source.config, model, "model.")
     if differing:
         path = init.model or " and ".join(filter(None, (init.vision_tower, init.language_model)))
@@ -57,8 +65,9 @@ def initial_weights(config: Config) -> ModelSource:
             + ". Choose the recipe of that size, or add "
             + " ".join(f"--config.{key}={theirs}" for key, theirs, _ in differing)
         )
-    leaves = source.leaves | (_projector(init.projector, model) if init.projector else {})
-    source = with_adapters(dataclasses.replace(source, leaves=leaves), config)
+    if init.projector:
+        source = _with_projector(source, config)
+    source = with_adapters(source, config)
     return complete(
         dataclasses.replace(
             source,
@@ -88,6 +97,25 @@ def _with_tiles(source: ModelSource, model: ModelConfig) -> ModelSource:
         return source
     tiles = {key: getattr(model, key) for key in ("image_grid_pinpoints", "patch_merge_type")}
     return dataclasses.replace(source, config=dataclasses.replace(source.config, **tiles))
+
+
+def _with_tokens(source: ModelSource, config: Config) -> ModelSource:
+    """`source`, and where the run's tokenizer has tokens that it has not, with rows for them."""
+    model, size = config.model, source.config.text.vocab_size
+    path = config.init.tokenizer or source.tokenizer_path
+    if EMBEDDING not in source.leaves or not path:
+        return source
+    # Parts are put together under the config of the run, so that theirs says nothing of their tokens.
+    known = () if source.layout == "parts" else source.config.extra_tokens
+    new = [token for token in model.extra_tokens if token not in known]
+    if new or model.text.vocab_size > size:
+        tokenizer = load_tokenizer(path, model.extra_tokens)
+        require_room(tokenizer, model.text.vocab_size)
+        begin, end = min(size, tokenizer.vocab_size - len(new)), tokenizer.vocab_size
+        if begin < end:
+            source = with_mean_rows(source, begin, max(end, model.text.vocab_size) if end > size else end)
+    flags = {key: getattr(model, key) for key in ("use_im_start_end", "use_im_patch_token") if new}
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, **flags))
 
 
 def complete(source: ModelSource, seed: int) -> ModelSource:
@@ -343,8 +371,24 @@ def _random_leaves(model: ModelConfig, seed: int, names: Iterable[str]) -> dict[
     }
 
 
-def _projector(path: str, model: ModelConfig) -> dict[str, Leaf]:
+def _with_projector(weights: ModelSource, config: Config) -> ModelSource:
+    """`weights` with the projector of `init.projector` and, as in the original, the embeddings of <im_start> and <im_end>
+    that were trained with it."""
+    path, model = config.init.projector, config.model
     source = open_run(Path(path)) if _is_run(Path(path)) else open_projector(path)
+    weights = weights.with_leaves(_projector(path, source, model))
+    if not model.use_im_start_end or EMBEDDING not in weights.leaves or not weights.tokenizer_path:
+        return weights
+    tokenizer = load_tokenizer(config.init.tokenizer or weights.tokenizer_path, model.extra_tokens)
+    ids = [tokenizer.special_id(token) for token in ("<im_start>", "<im_end>")]
+    if EMBEDDING in source.leaves:
+        rows = embeddings_of(source, ids)
+    else:
+        rows = saved_embeddings(path, ids, weights.leaves[EMBEDDING].shape)
+    return with_embeddings(weights, ids, rows) if rows else weights
+
+
+def _projector(path: str, source: ModelSource, model: ModelConfig) -> dict[str, Leaf]:
     leaves = {name: leaf for name, leaf in source.leaves.items() if _is_projector(name)}
     found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     expected = {name: leaf.shape for name, leaf in abstract_model(model)[1].items() if _is_projector(name)}

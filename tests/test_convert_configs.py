@@ -224,7 +224,6 @@ def test_originals_with_other_image_handling_are_refused(llava_hf, tmp_path):
     save_clip(tmp_path / "clip", llava_hf)
     for change, message in (
         ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9'"),
-        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints"),
         ({"model_type": "llava_mpt"}, "llava_mpt"),
     ):

@@ -74,7 +74,7 @@ def write_hf(
                 image_in_prompt=image_in_prompt,
             )
         else:
-            copy_tokenizer(tokenizer_path, partial)
+            copy_tokenizer(tokenizer_path, partial, model.extra_tokens)
             write_slow_tokenizer_config(partial)
             tokens, vocabulary = ORIGINAL_TOKENS, model.text.vocab_size
             fields = write_llava_config(model, tokens, dtype=named_dtype)

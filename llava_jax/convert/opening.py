@@ -14,6 +14,7 @@ from llava_jax.convert.names import PROJECTOR
 from llava_jax.convert.reading import Reading
 from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles
+from llava_jax.convert.vocabulary import EMBEDDING
 
 
 def open_model(path, *, vision_tower="", needs_tower=True) -> ModelSource:
@@ -46,13 +47,18 @@ def read_model(path, *, vision_tower="") -> Reading | Adapter | ModelSource:
 
 
 def open_projector(path) -> ModelSource:
-    """Opens only the projector of a file, a directory or a whole model; the rest need not be complete."""
+    """Opens only the projector of a file, a directory or a whole model; the rest need not be complete.
+
+    Of a directory of our own the embedding comes with it.
+    """
     path = fetch(path)
     if not ours.is_ours(path):
         return layouts.read_projector(path, TensorFiles(path)).source()
     leaves = ours.open_ours(path).leaves
     return ModelSource(
-        "projector", None, {name: leaf for name, leaf in leaves.items() if name.startswith(PROJECTOR)}
+        "projector",
+        None,
+        {name: leaf for name, leaf in leaves.items() if name.startswith(PROJECTOR) or name == EMBEDDING},
     )
 
 

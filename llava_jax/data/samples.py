@@ -13,7 +13,7 @@ from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.records import Record
 from llava_jax.data.templates import get_template
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.tokenizer import Tokenizer, require_tokens
 from llava_jax.errors import DataError
 
 
@@ -39,6 +39,8 @@ class SampleReader:
         self.tokenizer = tokenizer
         self.images = images
         self._template = get_template(config.template)
+        self._image_markers = images.model.use_im_start_end
+        require_tokens(tokenizer, images.model.extra_tokens)
 
     def settings(self) -> dict:
         """All that samples depend on, except for the image files: plain JSON data."""
@@ -51,6 +53,7 @@ class SampleReader:
             "max_length": config.max_length,
             "too_long": config.too_long,
             "images": self.images.settings(),
+            **({"image_markers": True} if self._image_markers else {}),
         }
 
     def outline(self, id: int) -> Outline:
@@ -90,6 +93,7 @@ class SampleReader:
             num_images=len(record.images),
             mask=config.mask,
             max_length=config.max_length,
+            image_markers=self._image_markers,
             system=record.system,
         )
         layouts = [
