@@ -190,11 +190,16 @@ class InitConfig:
         ""  # PEFT adapters, with commas between: merged in this order, the last trained further by LoRA
     )
     tokenizer: str = ""  # tokenizer.model, tokenizer.json or a directory; "" = beside the decoder's weights
+    change_template: bool = False  # train with another data.template than the one that `model` has learnt
 
     def __post_init__(self):
         require(
             not (self.model and (self.vision_tower or self.language_model)),
             "init.model names a whole model, init.vision_tower and init.language_model its parts; set one or the other.",
+        )
+        require(
+            self.model or not self.change_template,
+            "init.change_template is about the template that init.model has learnt, but that names none; drop it.",
         )
 
 

@@ -14,6 +14,8 @@ from llava_jax.checkpoint import saved_steps, verified_steps
 from llava_jax.config import Config, InitConfig, ModelConfig
 from llava_jax.config_values import from_json
 from llava_jax.convert import recycled
+from llava_jax.convert.download import fetch
+from llava_jax.convert.layouts import config_fields
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
 from llava_jax.convert.vocabulary import (
@@ -23,6 +25,7 @@ from llava_jax.convert.vocabulary import (
     with_embeddings,
     with_mean_rows,
 )
+from llava_jax.data.templates import TEMPLATES, get_template
 from llava_jax.data.tokenizer import load_tokenizer, require_room
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.models.quantization import Quantization
@@ -48,6 +51,7 @@ def initial_weights(config: Config) -> ModelSource:
             raise ConfigError(f"init.{key}={path} does not exist; set --config.init.{key} to where it lies.")
     if init.model:
         source = open_any(init.model)
+        _check_template(source, config)
     else:
         source = open_parts(model, vision_tower=init.vision_tower, language_model=init.language_model)
     if not isinstance(source.config, ModelConfig):
@@ -77,6 +81,25 @@ def initial_weights(config: Config) -> ModelSource:
         ),
         config.seed,
     )
+
+
+def _check_template(source: ModelSource, config: Config) -> None:
+    """Raises ConfigError if the model says that it has learnt another conversation template than the run's.
+
+    Captions are no conversations, and system texts may differ.
+    """
+    learnt, asked = source.template, config.data.template
+    if source.layout not in ("ours", "run"):
+        learnt = config_fields(fetch(config.init.model)).get("conversation_template")
+    old, new = TEMPLATES.get(learnt), get_template(asked)
+    if config.init.change_template or old is None or old.caption_only or new.caption_only:
+        return
+    if dataclasses.replace(old, system="") != dataclasses.replace(new, system=""):
+        raise ConfigError(
+            f"init.model={config.init.model} has learnt the conversation template {learnt!r}, as its config.json says, but "
+            f"data.template={asked!r}; add --config.data.template={learnt}, or --config.init.change_template=True if it "
+            "is to learn another one."
+        )
 
 
 def find_tokenizer(init: InitConfig) -> str:
@@ -395,9 +418,18 @@ def _projector(path: str, source: ModelSource, model: ModelConfig) -> dict[str, 
     if found != expected:
         raise ConfigError(
             f"The projector in init.projector={path} has shapes {found}; model.projector_type={model.projector_type!r} "
-            f"between this tower and this decoder needs {expected}."
+            f"between this tower and this decoder needs {expected}. {_projector_cure(found, model)}"
         )
     return leaves
+
+
+def _projector_cure(found: dict[str, tuple[int, ...]], model: ModelConfig) -> str:
+    kernels = [found[name] for name in sorted(found) if name.endswith(".kernel")]
+    ends = (model.vision.hidden_size, model.text.hidden_size)
+    if kernels and (kernels[0][0], kernels[-1][1]) == ends:
+        kind = "linear" if len(kernels) == 1 else f"mlp{len(kernels)}x_gelu"
+        return f"Add --config.model.projector_type={kind}."
+    return "It was trained with another tower or decoder: name that projector, or leave init.projector empty for a new one."
 
 
 def _is_projector(name: str) -> bool:
