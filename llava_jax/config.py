@@ -733,14 +733,15 @@ class EvaluateConfig:
 class ExportConfig:
     """The directory for other software written after the last stage; none when `layout` is empty.
 
-    "peft" and "peft-llava-hf" are adapters alone, for the original's loader and for transformers' LLaVA.
+    "llama" is the decoder alone. "peft" and "peft-llava-hf" are adapters alone, for the original's loader and for
+    transformers' LLaVA.
     """
 
     layout: str = ""
     dtype: str = "float32"
 
     def __post_init__(self):
-        one_of("export.layout", self.layout, ("", "llava-hf", "llava", "peft", "peft-llava-hf"))
+        one_of("export.layout", self.layout, ("", "llava-hf", "llava", "llama", "peft", "peft-llava-hf"))
         one_of("export.dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
 

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from llava_jax.config import DataConfig, ModelConfig, TextConfig, VisionConfig
-from llava_jax.data.conversation import IGNORE
+from llava_jax.data.conversation import IGNORE, tokenize_document
 from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
@@ -81,6 +81,23 @@ def test_every_token_of_every_document_is_learnt_once(folder, packing):
     assert (summary["samples_truncated"], summary["samples_teaching_nothing"]) == (0, 0)
 
 
+class Llama3:
+    """As much of its chat tokenizer as documents need."""
+
+    bos_id, eos_id = 5, 6
+
+    def encode(self, text):
+        return [len(word) for word in text.split()]
+
+    def special_id(self, token):
+        return {"<|eot_id|>": 6, "<|end_of_text|>": 7}.get(token)
+
+
+def test_documents_end_as_the_base_of_a_chat_model_ends_them():
+    encoded = tokenize_document("a bcd", Llama3())
+    assert (encoded.tokens.tolist(), encoded.labels.tolist()) == ([5, 1, 3, 7], [IGNORE, 1, 3, 7])
+
+
 def test_documents_and_conversations_mix_and_what_is_kept_out_is_whole_documents(folder):
     chat = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "cat"}]}
     records = [chat, {"text": TEXTS[1] * 8}] * 4
@@ -125,6 +142,6 @@ def test_tasks_without_answers_are_told_how_documents_are_read(folder):
     info = {"c4": {"file_name": "c4.jsonl", "columns": {"prompt": "text"}}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(
-        DataError, match=r"no 'output'; .* 'formatting': 'text', 'columns': \{'text': 'text'\}"
+        DataError, match=r"'output' should be .* 'formatting': 'text' and 'columns': \{'text': 'text'\}"
     ):
         make(folder, [], path="", dataset="c4", dataset_dir=str(folder))

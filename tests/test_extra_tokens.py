@@ -87,18 +87,10 @@ def leaf_of(array) -> Leaf:
     return Leaf(array.shape, array.dtype, lambda index=(): array[index], axis=0)
 
 
-@pytest.fixture(scope="module")
-def base(shapes_dataset, tmp_path_factory) -> str:
-    """A finished model with the 512 tokens of its tokenizer and no other."""
-    directory = tmp_path_factory.mktemp("models") / "base"
-    write_model(directory, initial_weights(parse(tiny_recipe_of(shapes_dataset)).first))
-    return str(directory)
-
-
-def marked(shapes_dataset, base):
+def marked(shapes_dataset, tiny_model):
     """A first stage with <im_start> and <im_end>, as the original trains it: the projector and all embeddings."""
     recipe = tiny_recipe_of(shapes_dataset)
-    recipe.init.update(model=base, tokenizer="")
+    recipe.init.update(model=tiny_model, tokenizer="")
     recipe.model.use_im_start_end = True
     recipe.model.text.vocab_size = 514
     recipe.tune.update(language_model="partial", language_model_modules="embed_tokens")
@@ -108,14 +100,14 @@ def marked(shapes_dataset, base):
 
 
 @pytest.fixture
-def marked_recipe(shapes_dataset, base):
-    return marked(shapes_dataset, base)
+def marked_recipe(shapes_dataset, tiny_model):
+    return marked(shapes_dataset, tiny_model)
 
 
 @pytest.fixture(scope="module")
-def run(shapes_dataset, base, tmp_path_factory) -> Path:
+def run(shapes_dataset, tiny_model, tmp_path_factory) -> Path:
     """The run of such a stage."""
-    recipe = marked(shapes_dataset, base)
+    recipe = marked(shapes_dataset, tiny_model)
     recipe.export.layout = "llava-hf"
     directory = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -125,10 +117,10 @@ def run(shapes_dataset, base, tmp_path_factory) -> Path:
 
 
 def test_a_first_stage_trains_the_new_embeddings_and_they_travel_with_the_model(
-    marked_recipe, base, run, tmp_path
+    marked_recipe, tiny_model, run, tmp_path
 ):
     before, after = initial_weights(parse(marked_recipe).first), open_run(run)
-    old = open_model(base)
+    old = open_model(tiny_model)
     assert np.array_equal(before.read(EMBEDDING)[:512], old.read(EMBEDDING))
     changed = {n for n in before.names() if not np.array_equal(before.read(n), after.read(n))}
     assert changed == {EMBEDDING} | {n for n in before.names() if n.startswith("multi_modal_projector")}
@@ -178,7 +170,7 @@ def test_exported_prompts_are_those_of_training(marked_recipe, tmp_path):
     assert original.convert_tokens_to_ids(list(MARKERS)) == [512, 513] and len(original) == 514
 
 
-def test_the_next_stage_takes_the_embeddings_with_the_projector(marked_recipe, base, run, tmp_path):
+def test_the_next_stage_takes_the_embeddings_with_the_projector(marked_recipe, tiny_model, run, tmp_path):
     first = open_run(run)
     write_projector(tmp_path / "mm_projector.bin", first)
     write_model(tmp_path / "ours", first)
@@ -189,7 +181,7 @@ def test_the_next_stage_takes_the_embeddings_with_the_projector(marked_recipe, b
     saved["model.embed_tokens.weight"] = torch.zeros(7, 32)
     torch.save(saved, tmp_path / "another.bin")
     marked_recipe.tune.update(language_model="full", language_model_modules="")
-    old = open_model(base).read(EMBEDDING)
+    old = open_model(tiny_model).read(EMBEDDING)
     for name in (run, "mm_projector.bin", "two_rows.bin", "ours"):
         marked_recipe.init.projector = str(tmp_path / name)
         found = initial_weights(parse(marked_recipe).first)
@@ -224,8 +216,10 @@ def test_a_vocabulary_without_room_is_refused_with_the_size_that_it_needs(marked
         initial_weights(parse(marked_recipe).first)
 
 
-def test_a_tokenizer_with_more_tokens_than_its_decoder_gets_rows_for_them(marked_recipe, base, tmp_path):
-    vocabulary = Path(load_tokenizer(base).path).read_bytes()
+def test_a_tokenizer_with_more_tokens_than_its_decoder_gets_rows_for_them(
+    marked_recipe, tiny_model, tmp_path
+):
+    vocabulary = Path(load_tokenizer(tiny_model).path).read_bytes()
     (tmp_path / "more").mkdir()
     (tmp_path / "more/tokenizer.model").write_bytes(vocabulary)
     # As the original's --version v0 leaves a tokenizer.

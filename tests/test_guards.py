@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax import trainer
+from llava_jax.convert.opening import open_model
 from llava_jax.convert.ours import write_model
 from llava_jax.convert.projector_file import write_projector
 from llava_jax.convert.source import Leaf
@@ -19,11 +20,9 @@ from tests.tiny_models import export, random_source
 from tests.tiny_recipe import get_config as tiny_recipe_of
 
 
-@pytest.fixture(scope="module")
-def weights(shapes_dataset):
-    """The tiny recipe's model before training, read once."""
-    source = initial_weights(parse(tiny_recipe_of(shapes_dataset)).first)
-    return source.with_leaves({name: held(source.read(name)) for name in source.names()}, layout="ours")
+@pytest.fixture
+def weights(tiny_model):
+    return open_model(tiny_model)
 
 
 def held(array) -> Leaf:

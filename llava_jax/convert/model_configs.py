@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 
-from llava_jax.config import ModelConfig, VisionConfig
+from llava_jax.config import ModelConfig, TextConfig, VisionConfig
 from llava_jax.convert.component_configs import (
     build,
     read_text_config,
@@ -254,6 +254,20 @@ def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str)
         "unfreeze_mm_vision_tower": True,
         **({"image_grid_pinpoints": model.image_grid_pinpoints} if model.image_grid_pinpoints else {}),
         "vision_config": write_vision_config(model.vision),
+    }
+
+
+def write_llama_config(text: TextConfig, tokens: SpecialTokens, *, dtype: str) -> dict:
+    """The config.json of a decoder of its own."""
+    kind = "qwen2" if text.attention_bias == "qkv" else "llama"
+    return {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "torch_dtype": dtype,
+        **write_text_config(text),
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.pad,
     }
 
 

@@ -150,8 +150,8 @@ class Alpaca:
         turns.append(("human", "\n".join(filter(None, asked))))
         if record.get(self.response) is None and not turns[:-1]:
             raise DataError(
-                f"{name}: has {self.prompt!r} but no {self.response!r}; for documents that are learnt as a whole set "
-                f"'formatting': 'text', 'columns': {{'text': {self.prompt!r}}} in dataset_info.json."
+                f"{name}: {self.response!r} should be text, not nothing; documents that are learnt as a whole have "
+                f"'formatting': 'text' and 'columns': {{'text': {self.prompt!r}}} in dataset_info.json."
             )
         turns.append(("gpt", require_text(record.get(self.response), self.response, name)))
         system = _optional_text(record, self.system, name)
@@ -170,7 +170,6 @@ FORMATS = {
     "llava": LLAVA,
     "alpaca": Alpaca(),
     "sharegpt": Chat(),
-    "text": Document(),
     "openai": Chat(
         messages="messages",
         role_tag="role",
@@ -179,6 +178,7 @@ FORMATS = {
         assistant_tag="assistant",
         observation_tag="tool",
     ),
+    "text": Document(),
 }
 
 
