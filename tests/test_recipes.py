@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +11,14 @@ import numpy as np
 import pytest
 import tokenizers
 from ml_collections import ConfigDict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llava_jax import trainer
 from llava_jax.config import Config, ConfigError, MeshConfig
@@ -21,6 +29,7 @@ from llava_jax.recipe import parse
 from llava_jax.sharding import make_mesh
 from llava_jax.weights import initial_weights, open_run
 from tests.test_trainer import metrics, one_device, parameters  # noqa: F401 (a fixture)
+from tests.tiny_recipe import get_config as tiny_recipe_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -121,12 +130,25 @@ def test_recipes_have_the_sizes_of_their_models_and_spread_over_devices(name, ar
     assert sizes.moments == pytest.approx(8 * trained / 8, rel=2e-2)
 
 
-def tiny(recipe: ConfigDict, tiny_recipe: ConfigDict, model: str) -> ConfigDict:
+@pytest.fixture(scope="module")
+def parts(shapes_dataset, tmp_path_factory) -> Path:
+    """A tower and a decoder of the tiny recipe's sizes, as transformers saves them."""
+    directory, model = tmp_path_factory.mktemp("parts"), tiny_recipe_of(shapes_dataset).model
+    text, vision = model.text.to_dict(), model.vision.to_dict()
+    LlamaForCausalLM(
+        LlamaConfig(**{k: v for k, v in text.items() if k not in ("rope_scaling", "attention_bias")})
+    ).save_pretrained(directory / "llama")
+    CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(directory / "clip")
+    shutil.copy(f"{shapes_dataset}/tokenizer.model", directory / "llama")
+    return directory
+
+
+def tiny(recipe: ConfigDict, tiny_recipe: ConfigDict, parts: Path) -> ConfigDict:
     """The recipe with another model's sizes, other data and a few steps; all else as it is."""
     projector_type = recipe.model.projector_type
     recipe.model = tiny_recipe.model
     recipe.model.projector_type = projector_type
-    recipe.init.update(model=model, vision_tower="", language_model="", projector="")
+    recipe.init.update(language_model=str(parts / "llama"), vision_tower=str(parts / "clip"))
     recipe.mesh = tiny_recipe.mesh
     recipe.data.update(
         {key: tiny_recipe.data[key] for key in ("path", "image_folder", "max_length", "batch_size")}
@@ -142,9 +164,9 @@ def short(recipe: ConfigDict, tiny_recipe: ConfigDict) -> ConfigDict:
             for key in ("dtype", "frozen_dtype", "remat", "log_steps", "compiled_dir")
         }
     )
-    recipe.train.max_steps = 2
+    recipe.train.max_steps = 1
     recipe.optimizer.warmup_ratio = 0.0
-    recipe.checkpoint.save_steps = 2
+    recipe.checkpoint.save_steps = 1
     recipe.export.dtype = "float32"
     return recipe
 
@@ -164,16 +186,16 @@ def changed(before, after) -> set[str]:
     ],
 )
 def test_two_stages_train_what_they_say_one_after_the_other(
-    tiny_recipe, tiny_model, shapes_dataset, tmp_path, first, second
+    tiny_recipe, parts, shapes_dataset, tmp_path, first, second
 ):
-    config = tiny(recipe_of(first), tiny_recipe, tiny_model)
+    config = tiny(recipe_of(first), tiny_recipe, parts)
     config.data.path = f"{shapes_dataset}/pretrain.json"
     trainer.run(parse(config), tmp_path / "first")
     assert {name.partition(".")[0] for name in parameters(tmp_path / "first")} == {"multi_modal_projector"}
     assert changed(initial_weights(parse(config).first), open_run(tmp_path / "first")) == {
         "multi_modal_projector"
     }
-    config = tiny(recipe_of(second), tiny_recipe, tiny_model)
+    config = tiny(recipe_of(second), tiny_recipe, parts)
     config.init.projector = str(tmp_path / "first")
     trainer.run(parse(config), tmp_path / "second")
     before, after = initial_weights(parse(config).first), open_run(tmp_path / "second")
@@ -199,8 +221,6 @@ def llama(tmp_path) -> Path:
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.add_special_tokens(LLAMA_3)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(vocab_size=261, num_key_value_heads=2, max_position_embeddings=512, **sizes)
     LlamaForCausalLM(config).save_pretrained(directory)
