@@ -238,8 +238,8 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "push_to_hub": _none("README.md and export/ are written for you to upload; nothing is sent anywhere"),
         "export_dir": _is("export.layout", note="written to export/ in --workdir"),
         "stage": _none(
-            "a recipe trains on conversations, or on captions with data.template='plain'; rewards and preferences do not "
-            "exist here"
+            "records say what they are: conversations (sft), documents with a 'text' (pt; configs/pt.py), or captions with "
+            "data.template='plain'; rewards and preferences do not exist here"
         ),
     },
     "Devices": {
@@ -278,7 +278,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "llava_jax.trainer.run trains a recipe, llava_jax.stage.train_stage one of its stages"
         ),
         "create_optimizer": _none("llava_jax.optimizer.make_optimizer"),
-        "run_pt": _none("python -m llava_jax.train with data.template='plain' trains on captions"),
+        "run_pt": _none("python -m llava_jax.train --config=configs/pt.py trains on documents"),
         "load_tokenizer": _none("llava_jax.data.tokenizer.load_tokenizer"),
         "get_dataset": _none("llava_jax.data.dataset.open_datasets"),
         "split_dataset": _is("data.val_size", note="llava_jax.data.dataset.split_dataset"),
