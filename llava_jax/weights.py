@@ -14,7 +14,6 @@ from llava_jax.checkpoint import saved_steps, verified_steps
 from llava_jax.config import Config, InitConfig, ModelConfig
 from llava_jax.config_values import from_json
 from llava_jax.convert import recycled
-from llava_jax.convert.download import fetch
 from llava_jax.convert.layouts import config_fields
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
@@ -90,7 +89,7 @@ def _check_template(source: ModelSource, config: Config) -> None:
     """
     learnt, asked = source.template, config.data.template
     if source.layout not in ("ours", "run"):
-        learnt = config_fields(fetch(config.init.model)).get("conversation_template")
+        learnt = config_fields(Path(config.init.model)).get("conversation_template")
     old, new = TEMPLATES.get(learnt), get_template(asked)
     if config.init.change_template or old is None or old.caption_only or new.caption_only:
         return
@@ -137,8 +136,12 @@ def _with_tokens(source: ModelSource, config: Config) -> ModelSource:
         begin, end = min(size, tokenizer.vocab_size - len(new)), tokenizer.vocab_size
         if begin < end:
             source = with_mean_rows(source, begin, max(end, model.text.vocab_size) if end > size else end)
-    flags = {key: getattr(model, key) for key in ("use_im_start_end", "use_im_patch_token") if new}
-    return dataclasses.replace(source, config=dataclasses.replace(source.config, **flags))
+    has = dataclasses.replace(
+        source.config,
+        use_im_start_end=source.config.use_im_start_end or model.use_im_start_end,
+        use_im_patch_token=source.config.use_im_patch_token or model.use_im_patch_token,
+    )
+    return dataclasses.replace(source, config=has)
 
 
 def complete(source: ModelSource, seed: int) -> ModelSource:
@@ -400,7 +403,8 @@ def _with_projector(weights: ModelSource, config: Config) -> ModelSource:
     path, model = config.init.projector, config.model
     source = open_run(Path(path)) if _is_run(Path(path)) else open_projector(path)
     weights = weights.with_leaves(_projector(path, source, model))
-    if not model.use_im_start_end or EMBEDDING not in weights.leaves or not weights.tokenizer_path:
+    learnt = source.config is None or source.config.use_im_start_end  # of a file only its tensors tell
+    if not (model.use_im_start_end and learnt and EMBEDDING in weights.leaves and weights.tokenizer_path):
         return weights
     tokenizer = load_tokenizer(config.init.tokenizer or weights.tokenizer_path, model.extra_tokens)
     ids = [tokenizer.special_id(token) for token in ("<im_start>", "<im_end>")]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from llava_jax.config import DataConfig, ModelConfig, TextConfig, VisionConfig
+from llava_jax.config import Config, DataConfig, ModelConfig, TextConfig, VisionConfig
 from llava_jax.data.conversation import IGNORE, tokenize_document
 from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
+from llava_jax.data.inspection import inspect
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.errors import DataError
@@ -108,6 +109,21 @@ def test_documents_and_conversations_mix_and_what_is_kept_out_is_whole_documents
         is_chat = pipeline.dataset.picks[id, 1] % 2 == 0
         assert len(tokens) == lengths[id]
         assert ((labels != IGNORE).sum() == len(labels) - 1) != is_chat
+
+
+def test_an_inspection_shows_the_pieces(folder):
+    expected = make(folder, [{"text": text} for text in TEXTS])
+    found = inspect(
+        open_datasets(expected.config, seed=3)[0],
+        Config(model=MODEL, data=expected.config),
+        load_tokenizer(str(folder)),
+        decode=True,
+        num_previews=2,
+    )
+    assert found.refusal is None and found.findings == []
+    assert found.counts["samples"] == str(expected.num_samples) == "13"
+    assert found.counts["supervised tokens"] == str(expected.summary()["supervised_tokens"])
+    assert [preview.num_tokens <= 16 for preview in found.previews] == [True, True]
 
 
 def test_dataset_info_names_the_column_of_the_text(folder):

@@ -142,6 +142,11 @@ def test_a_first_stage_trains_the_new_embeddings_and_they_travel_with_the_model(
         for name in (run, "llava")
     ]
     assert answers[0] == answers[1]
+    generator, prompts = load_generator(str(run), dtype="float32"), []
+    generator.generate = lambda its_prompts, images: prompts.extend(its_prompts) or [[]]
+    generator.answer(["What is this?"], [[np.zeros((32, 32, 3), np.uint8)]])
+    at = prompts[0].tolist().index(IMAGE_TOKEN)
+    assert prompts[0][[at - 1, at + 1]].tolist() == [512, 513]
 
 
 def test_exported_prompts_are_those_of_training(marked_recipe, tmp_path):
@@ -189,6 +194,10 @@ def test_the_next_stage_takes_the_embeddings_with_the_projector(marked_recipe, t
         assert np.array_equal(found.read(EMBEDDING)[512:], first.read(EMBEDDING)[512:]), name
         kernel = "multi_modal_projector.linear_1.kernel"
         assert np.array_equal(found.read(kernel), first.read(kernel)), name
+    write_model(tmp_path / "unmarked", open_model(tiny_model))
+    marked_recipe.init.projector = str(tmp_path / "unmarked")  # which has no rows for them
+    found = initial_weights(parse(marked_recipe).first)
+    np.testing.assert_allclose(found.read(EMBEDDING)[513], old.mean(axis=0), atol=1e-6)
     marked_recipe.init.projector = str(tmp_path / "another.bin")
     with pytest.raises(ConversionError, match=r"embed_tokens.weight of shape \[7, 32\].*has \[514, 32\]"):
         initial_weights(parse(marked_recipe).first)

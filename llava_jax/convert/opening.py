@@ -49,17 +49,15 @@ def read_model(path, *, vision_tower="") -> Reading | Adapter | ModelSource:
 def open_projector(path) -> ModelSource:
     """Opens only the projector of a file, a directory or a whole model; the rest need not be complete.
 
-    Of a directory of our own the embedding comes with it.
+    Of a directory of our own the embedding comes with it if that has tokens around images.
     """
     path = fetch(path)
     if not ours.is_ours(path):
         return layouts.read_projector(path, TensorFiles(path)).source()
-    leaves = ours.open_ours(path).leaves
-    return ModelSource(
-        "projector",
-        None,
-        {name: leaf for name, leaf in leaves.items() if name.startswith(PROJECTOR) or name == EMBEDDING},
-    )
+    model = ours.open_ours(path)
+    more = {EMBEDDING} if model.config.use_im_start_end else set()
+    leaves = {n: leaf for n, leaf in model.leaves.items() if n.startswith(PROJECTOR) or n in more}
+    return ModelSource("projector", None, leaves)
 
 
 def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> ModelSource:

@@ -10,14 +10,13 @@ import numpy as np
 from llava_jax.convert.download import fetch
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.names import VOCABULARY
+from llava_jax.convert.ours import is_ours
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent
 from llava_jax.convert.tensors import TensorFiles
 
 EMBEDDING = "language_model.embed_tokens.embedding"
-_TOKEN_AXES = {
-    EMBEDDING: 0,
-    "language_model.lm_head.kernel": 1,
-}  # our leaves with one row or column per token
+# Our leaves with one row or column per token.
+_TOKEN_AXES = {EMBEDDING: 0, "language_model.lm_head.kernel": 1}
 _TOKENS_AT_ONCE = 8192
 
 
@@ -71,6 +70,8 @@ def saved_embeddings(path, ids: list[int], shape: tuple[int, int]) -> Callable[[
 
     Raises ConversionError where they are of another model.
     """
+    if is_ours(fetch(path)):
+        return None
     files = TensorFiles(Path(fetch(path)))
     name = next((name for name in files.names() if name.endswith("embed_tokens.weight")), None)
     if name is None:
