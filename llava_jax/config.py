@@ -190,7 +190,7 @@ class InitConfig:
         ""  # PEFT adapters, with commas between: merged in this order, the last trained further by LoRA
     )
     tokenizer: str = ""  # tokenizer.model, tokenizer.json or a directory; "" = beside the decoder's weights
-    change_template: bool = False  # train with another data.template than the one that `model` has learnt
+    change_template: bool = False  # train with another data.template than the one that these have learnt
 
     def __post_init__(self):
         require(
@@ -198,8 +198,9 @@ class InitConfig:
             "init.model names a whole model, init.vision_tower and init.language_model its parts; set one or the other.",
         )
         require(
-            self.model or not self.change_template,
-            "init.change_template is about the template that init.model has learnt, but that names none; drop it.",
+            self.model or self.language_model or not self.change_template,
+            "init.change_template is about the template that init.model or init.language_model has learnt, but neither is "
+            "named; drop it.",
         )
 
 

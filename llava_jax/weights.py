@@ -50,7 +50,6 @@ def initial_weights(config: Config) -> ModelSource:
             raise ConfigError(f"init.{key}={path} does not exist; set --config.init.{key} to where it lies.")
     if init.model:
         source = open_any(init.model)
-        _check_template(source, config)
     else:
         source = open_parts(model, vision_tower=init.vision_tower, language_model=init.language_model)
     if not isinstance(source.config, ModelConfig):
@@ -58,6 +57,7 @@ def initial_weights(config: Config) -> ModelSource:
             f"init.model={init.model} is a part of a model (layout {source.layout}); "
             "set init.vision_tower or init.language_model to it instead."
         )
+    _check_template(source, config)
     source = _with_tokens(_with_tiles(source, model), config)
     differing = _differences(source.config, model, "model.")
     if differing:
@@ -83,19 +83,21 @@ def initial_weights(config: Config) -> ModelSource:
 
 
 def _check_template(source: ModelSource, config: Config) -> None:
-    """Raises ConfigError if the model says that it has learnt another conversation template than the run's.
+    """Raises ConfigError if the model, or the decoder, says that it has learnt another conversation template than the
+    run's.
 
     Captions are no conversations, and system texts may differ.
     """
-    learnt, asked = source.template, config.data.template
+    key = "model" if config.init.model else "language_model"
+    path, learnt, asked = getattr(config.init, key), source.template, config.data.template
     if source.layout not in ("ours", "run"):
-        learnt = config_fields(Path(config.init.model)).get("conversation_template")
+        learnt = config_fields(Path(path)).get("conversation_template") if path else None
     old, new = TEMPLATES.get(learnt), get_template(asked)
     if config.init.change_template or old is None or old.caption_only or new.caption_only:
         return
     if dataclasses.replace(old, system="") != dataclasses.replace(new, system=""):
         raise ConfigError(
-            f"init.model={config.init.model} has learnt the conversation template {learnt!r}, as its config.json says, but "
+            f"init.{key}={path} has learnt the conversation template {learnt!r}, as its config.json says, but "
             f"data.template={asked!r}; add --config.data.template={learnt}, or --config.init.change_template=True if it "
             "is to learn another one."
         )

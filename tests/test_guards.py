@@ -111,6 +111,16 @@ def test_a_template_that_the_model_has_not_learnt_is_refused(tiny_recipe, learnt
         assert initial_weights(parse(tiny_recipe).first).template == template
 
 
+def test_a_decoder_alone_says_what_it_has_learnt_too(tiny_recipe, learnt):
+    tiny_recipe.init.language_model = learnt("mpt", "llama")
+    with pytest.raises(
+        ConfigError, match=r"init\.language_model=.* has learnt the conversation template 'mpt'"
+    ):
+        initial_weights(parse(tiny_recipe).first)
+    tiny_recipe.data.template = "mpt"
+    assert initial_weights(parse(tiny_recipe).first).template == "mpt"
+
+
 def test_a_model_that_says_nothing_of_its_template_or_knows_captions_only_takes_any(tiny_recipe, learnt):
     tiny_recipe.init.model = learnt("plain", "ours")
     tiny_recipe.data.template = "llava_v0"
@@ -126,5 +136,5 @@ def test_a_model_that_says_nothing_of_its_template_or_knows_captions_only_takes_
 def test_a_change_of_template_needs_a_model():
     recipe = tiny_recipe_of("nowhere")
     recipe.init.change_template = True
-    with pytest.raises(ConfigError, match=r"init\.change_template is about .* that names none; drop it"):
+    with pytest.raises(ConfigError, match=r"init\.change_template is about .* neither is named; drop it"):
         parse(recipe)
