@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -141,6 +143,30 @@ def parts(shapes_dataset, tmp_path_factory) -> Path:
     CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(directory / "clip")
     shutil.copy(f"{shapes_dataset}/tokenizer.model", directory / "llama")
     return directory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="the extra [plan] is not installed")
+@pytest.mark.parametrize(
+    ("recipe", "topology"),
+    [
+        ("llava_v1_pretrain.py:7b", "v5e:4x4"),
+        ("llava_v1_finetune.py:7b", "v5e:8x8"),
+        ("tinyllava_finetune.py", "v5e:4x4"),
+        ("pt.py:lora", "v5e:2x4"),
+        ("sft.py:full", "v5e:4x4"),
+    ],
+)
+def test_recipes_fit_slices(recipe, topology):
+    command = [
+        sys.executable,
+        "-m",
+        "llava_jax.plan",
+        f"--config={CONFIGS}/{recipe}",
+        f"--topology={topology}",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def tiny(recipe: ConfigDict, tiny_recipe: ConfigDict, parts: Path) -> ConfigDict:
