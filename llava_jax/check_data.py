@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from llava_jax.commands import read_recipe, run_command
 
 if TYPE_CHECKING:
-    from llava_jax.config import Config, InitConfig
+    from llava_jax.config import Config
     from llava_jax.data.inspection import Inspection
     from llava_jax.data.tokenizer import Tokenizer
     from llava_jax.recipe import Recipe
@@ -42,7 +42,7 @@ def main() -> None:
     from llava_jax.data.tokenizer import require_room
     from llava_jax.errors import DataError
 
-    tokenizer = _load_tokenizer(recipe.first.init)
+    tokenizer = _load_tokenizer(recipe.first)
     require_room(tokenizer, recipe.first.model.text.vocab_size)
     opened = []  # all of it before hours are spent on the first
     for name, config in stages.items():
@@ -84,14 +84,15 @@ def _report() -> Path:
     return path
 
 
-def _load_tokenizer(init: "InitConfig") -> "Tokenizer":
+def _load_tokenizer(config: "Config") -> "Tokenizer":
     from llava_jax.data.tokenizer import load_tokenizer
 
-    if init.tokenizer:
-        return load_tokenizer(init.tokenizer)
-    from llava_jax.weights import find_tokenizer  # imports JAX, which takes a few seconds
+    path = config.init.tokenizer
+    if not path:
+        from llava_jax.weights import find_tokenizer  # imports JAX, which takes a few seconds
 
-    return load_tokenizer(find_tokenizer(init))
+        path = find_tokenizer(config.init)
+    return load_tokenizer(path, config.model.extra_tokens)
 
 
 def _tell(inspection: "Inspection") -> None:

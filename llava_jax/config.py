@@ -125,6 +125,9 @@ class ModelConfig:
     # and how the features of its tiles are laid out.
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
     patch_merge_type: str = "flat"  # spatial, spatial_unpad (cuts padding off, ends rows with image_newline)
+    # Tokens that the first LLaVA adds to the decoder's own; text.vocab_size counts them.
+    use_im_start_end: bool = False  # <im_start> and <im_end>, written around every image
+    use_im_patch_token: bool = False  # <im_patch>, with which nothing is written
 
     def __post_init__(self):
         one_of("model.patch_merge_type", self.patch_merge_type, ("flat", "spatial", "spatial_unpad"))
@@ -159,6 +162,12 @@ class ModelConfig:
         )
 
     @property
+    def extra_tokens(self) -> tuple[str, ...]:
+        """The special tokens that are added to the decoder's own, in the original's order."""
+        patch = ("<im_patch>",) if self.use_im_patch_token else ()
+        return patch + (("<im_start>", "<im_end>") if self.use_im_start_end else ())
+
+    @property
     def num_vision_layers_run(self) -> int:
         """How many CLIP layers lie below the hidden state that is read (23 of 24 for layer -2)."""
         return self.select_layer % (self.vision.num_hidden_layers + 1)
@@ -181,11 +190,17 @@ class InitConfig:
         ""  # PEFT adapters, with commas between: merged in this order, the last trained further by LoRA
     )
     tokenizer: str = ""  # tokenizer.model, tokenizer.json or a directory; "" = beside the decoder's weights
+    change_template: bool = False  # train with another data.template than the one that these have learnt
 
     def __post_init__(self):
         require(
             not (self.model and (self.vision_tower or self.language_model)),
             "init.model names a whole model, init.vision_tower and init.language_model its parts; set one or the other.",
+        )
+        require(
+            self.model or self.language_model or not self.change_template,
+            "init.change_template is about the template that init.model or init.language_model has learnt, but neither is "
+            "named; drop it.",
         )
 
 
@@ -719,14 +734,15 @@ class EvaluateConfig:
 class ExportConfig:
     """The directory for other software written after the last stage; none when `layout` is empty.
 
-    "peft" and "peft-llava-hf" are adapters alone, for the original's loader and for transformers' LLaVA.
+    "llama" is the decoder alone. "peft" and "peft-llava-hf" are adapters alone, for the original's loader and for
+    transformers' LLaVA.
     """
 
     layout: str = ""
     dtype: str = "float32"
 
     def __post_init__(self):
-        one_of("export.layout", self.layout, ("", "llava-hf", "llava", "peft", "peft-llava-hf"))
+        one_of("export.layout", self.layout, ("", "llava-hf", "llava", "llama", "peft", "peft-llava-hf"))
         one_of("export.dtype", self.dtype, ("float32", "bfloat16", "float16"))
 
 

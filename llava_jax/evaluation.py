@@ -55,7 +55,13 @@ def check_questions(config: Config, tokenizer: Tokenizer) -> None:
     for question in questions:
         try:
             layout = processor.layout(folder.locate(question["image"]))
-            prompt = render_prompt(question["text"], template, tokenizer, num_images=1)
+            prompt = render_prompt(
+                question["text"],
+                template,
+                tokenizer,
+                num_images=1,
+                image_markers=config.model.use_im_start_end,
+            )
             length = len(prompt) - 1 + len(layout.feature_ids) + asked.max_new_tokens
             if length > positions:
                 raise DataError(

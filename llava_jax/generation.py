@@ -34,7 +34,7 @@ def load_generator(path: str, *, template: str = "", dtype: str = "bfloat16") ->
         raise ConfigError(
             f"{path} is not a whole model with its tokenizer; assemble one with tools/convert_weights.py."
         )
-    tokenizer = load_tokenizer(weights.tokenizer_path)
+    tokenizer = load_tokenizer(weights.tokenizer_path, weights.config.extra_tokens)
     return Generator(
         weights, tokenizer, make_mesh(MeshConfig()), template=template or weights.template, dtype=dtype
     )
@@ -56,7 +56,13 @@ class Generator:
         """Single-turn answers. images: per question, in the order of its placeholders, as `generate` takes them; a
         question without `<image>` gets its placeholders in front. `how` goes to `generate`."""
         prompts = [
-            render_prompt(question, self.template, self.tokenizer, num_images=len(its_images))
+            render_prompt(
+                question,
+                self.template,
+                self.tokenizer,
+                num_images=len(its_images),
+                image_markers=self.config.use_im_start_end,
+            )
             for question, its_images in zip(questions, images, strict=True)
         ]
         new_tokens = self.generate(prompts, images, **how)

@@ -21,9 +21,7 @@ def _none(why: str) -> Counterpart:
 
 
 _ROWS = "rows of an optimizer step over all devices and accumulation, not per device"
-_NO_PATCH_TOKENS = "images take no token of the vocabulary here, so there is nothing to add"
 _LAZY = "samples are always read when they are needed"
-_NO_QUANTIZED = "frozen weights are kept in train.frozen_dtype; quantized ones do not exist yet"
 _COMPONENTS = (
     "a run directory or a Hugging Face directory of ours is opened whole, as init.model or in its parts"
 )
@@ -46,8 +44,13 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "mm_projector_type": _is("model.projector_type", note="mlp2x_gelu unless set, not linear"),
         "connector_type": _is("model.projector_type"),
         "mm_patch_merge_type": _is("model.patch_merge_type"),
-        "mm_use_im_start_end": _none(_NO_PATCH_TOKENS),
-        "mm_use_im_patch_token": _none(_NO_PATCH_TOKENS),
+        "mm_use_im_start_end": _is(
+            "model.use_im_start_end", note="model.text.vocab_size counts the two tokens"
+        ),
+        "mm_use_im_patch_token": _is(
+            "model.use_im_patch_token", note="off unless set; model.text.vocab_size counts the token"
+        ),
+        "resize_vocab": _is("model.text.vocab_size", note="new rows start as the mean of the others"),
         "is_multimodal": _none(
             "every model here has a vision tower; text-only samples may be mixed with others"
         ),
@@ -61,12 +64,12 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "fp16": _is("train.dtype", note="bfloat16 or float32; float16 would need loss scaling"),
         "pure_bf16": _none("trained parameters are always float32"),
         "tf32": _none("jax_default_matmul_precision is JAX's own setting, in the environment"),
-        "bits": _none(_NO_QUANTIZED),
-        "double_quant": _none(_NO_QUANTIZED),
-        "quant_type": _none(_NO_QUANTIZED),
-        "quantization_bit": _none(_NO_QUANTIZED),
-        "load_in_8bit": _none(_NO_QUANTIZED),
-        "load_in_4bit": _none(_NO_QUANTIZED),
+        "bits": _is("lora.quantization", note="int8 for 8, nf4 for 4"),
+        "double_quant": _is("lora.double_quantization"),
+        "quant_type": _is("lora.quantization", note="nf4; fp4 does not exist here"),
+        "quantization_bit": _is("lora.quantization", note="int8 for 8, nf4 for 4"),
+        "load_in_8bit": _is("lora.quantization", note='"int8", for training'),
+        "load_in_4bit": _is("lora.quantization", note='"nf4", for training'),
     },
     "What trains": {
         "freeze_backbone": _is("tune.language_model", note='"frozen"'),
@@ -235,8 +238,8 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "push_to_hub": _none("README.md and export/ are written for you to upload; nothing is sent anywhere"),
         "export_dir": _is("export.layout", note="written to export/ in --workdir"),
         "stage": _none(
-            "a recipe trains on conversations, or on captions with data.template='plain'; rewards and preferences do not "
-            "exist here"
+            "records say what they are: conversations (sft), documents with a 'text' (pt; configs/pt.py), or captions with "
+            "data.template='plain'; rewards and preferences do not exist here"
         ),
     },
     "Devices": {
@@ -256,7 +259,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         ),
         "common": _is("tune.language_model", note='"full"'),
         "lora": _is("tune.language_model", note='"lora"'),
-        "qlora_int8": _none(_NO_QUANTIZED),
+        "qlora_int8": _is("lora.quantization", note='"int8"'),
         "training_model_converse": _none("llava_jax.models.lora.add_lora, called where tune.* says lora"),
         "tune_type_setting": _none("llava_jax.tuning.is_trainable says what trains"),
         "add_args": _none("every setting is a field of llava_jax/config.py"),
@@ -275,7 +278,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "llava_jax.trainer.run trains a recipe, llava_jax.stage.train_stage one of its stages"
         ),
         "create_optimizer": _none("llava_jax.optimizer.make_optimizer"),
-        "run_pt": _none("python -m llava_jax.train with data.template='plain' trains on captions"),
+        "run_pt": _none("python -m llava_jax.train --config=configs/pt.py trains on documents"),
         "load_tokenizer": _none("llava_jax.data.tokenizer.load_tokenizer"),
         "get_dataset": _none("llava_jax.data.dataset.open_datasets"),
         "split_dataset": _is("data.val_size", note="llava_jax.data.dataset.split_dataset"),

@@ -86,6 +86,51 @@ def vicuna(size: str) -> ConfigDict:
     return to_config_dict(sizes[size])
 
 
+def vicuna_v1_3(size: str) -> ConfigDict:
+    """The `model.text` section of Vicuna v1.3, which is tuned from the first LLaMA: "7b" or "13b"."""
+    text = vicuna(size)
+    text.update(max_position_embeddings=2048, rms_norm_eps=1e-6)
+    return text
+
+
+def tinyllama() -> ConfigDict:
+    """The `model.text` section of TinyLlama-1.1B."""
+    return to_config_dict(
+        TextConfig(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=22,
+            num_key_value_heads=4,
+            head_dim=64,
+            max_position_embeddings=2048,
+        )
+    )
+
+
+def llama_3() -> ConfigDict:
+    """The `model.text` section of Meta-Llama-3-8B."""
+    return to_config_dict(
+        TextConfig(
+            vocab_size=128256,
+            intermediate_size=14336,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+            rope_theta=500000.0,
+        )
+    )
+
+
+def without_images(config: ConfigDict) -> None:
+    """Makes the recipe one of a decoder alone: the tower and the projector, which no sample reaches, are frozen, as small
+    as meshes allow, and drawn from the seed."""
+    config.model.update(select_layer=0, projector_type="linear")  # none of the tower's layers is run
+    config.model.vision.update(
+        hidden_size=256, intermediate_size=256, num_attention_heads=16, image_size=14, patch_size=14
+    )
+    config.tune.projector = "frozen"
+    config.export.layout = "llama"
+
+
 def to_config_dict(config) -> ConfigDict:
     """A dataclass of this module as a `ConfigDict` with the same keys."""
     fields = {}

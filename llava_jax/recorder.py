@@ -12,12 +12,12 @@ import numpy as np
 
 from llava_jax.config import Config
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.errors import DivergedError
+from llava_jax.errors import ConfigError, DivergedError
 from llava_jax.flops import Work, causal_pairs, training_flops
 from llava_jax.memory_peak import memory_peak
 from llava_jax.metrics import MetricsLog, Progress
 from llava_jax.optimizer import make_schedule
-from llava_jax.tuning import learning_rates
+from llava_jax.tuning import learning_rates, only_images_reach
 from llava_jax.watchdog import Watchdog
 
 _SAMPLES_NAMED = 32
@@ -88,6 +88,9 @@ class Recorder:
     def add(self, step: int, metrics: dict, data_wait: float) -> None:
         if self.pending and self.pending[-1].step % self.config.train.log_steps == 0:
             self.flush()
+        if step == 2 and self.pending:  # the device has done the first step and computes this one
+            with self.watchdog.waiting("the devices' results of the first step"):
+                self._require_gradients(jax.device_get(self.pending[0].metrics))
         num_tokens, num_images = self.data.count(step - 1)
         self.pending.append(_Done(step, metrics, num_tokens, num_images, data_wait))
 
@@ -97,6 +100,8 @@ class Recorder:
             return
         with self.watchdog.waiting(f"the devices' results of step {self.pending[-1].step}"):
             metrics = [jax.device_get(done.metrics) for done in self.pending]
+        if self.pending[0].step == 1:
+            self._require_gradients(metrics[0])
         num_skipped = sum(self._is_skipped(d.step, m) for d, m in zip(self.pending, metrics, strict=True))
         finite = [values for values in metrics if not values["skipped"]]
         now = time.monotonic()
@@ -198,6 +203,18 @@ class Recorder:
                 f"anew with checkpoint.overwrite_output_dir=True or another --workdir. Samples: {samples}."
             )
         return True
+
+    def _require_gradients(self, metrics: dict) -> None:
+        """Raises ConfigError if all gradients of the first step are exactly 0, though its samples should teach."""
+        if metrics["skipped"] or metrics["grad_norm"] != 0 or metrics["num_supervised_tokens"] == 0:
+            return
+        if only_images_reach(self.config) and self.data.count(0)[1] == 0:
+            return  # this step has none
+        raise ConfigError(
+            f"All gradients of {self.stage or 'the run'} are exactly 0 at the first step, with a loss of "
+            f"{metrics['loss']:g}: nothing would be learnt. What trains reaches the loss through weights that are 0, or "
+            "not at all; look at the table of what trains above, at tune.* and at the weights that init.* names."
+        )
 
     def _samples(self, step: int) -> str:
         """The names of a step's samples."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llava_jax.config import Config, ConfigError, split_names
+from llava_jax.config import Config, ConfigError, ModelConfig, split_names
 from llava_jax.convert.adapter_export import TrainedAdapter, refuse_vocabulary
 from llava_jax.convert.adapters import open_adapter
 from llava_jax.convert.export import check_layout
@@ -11,7 +11,14 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.starting_adapters import split_adapters
 from llava_jax.tuned_weights import own_name, restored, tuned
 from llava_jax.tuning import LORA_A, LORA_B, is_trainable, lora_targets, module_of
-from llava_jax.weights import after_stage, as_trained, checkpoint_directory, initial_weights, run_stages
+from llava_jax.weights import (
+    after_stage,
+    as_trained,
+    checkpoint_directory,
+    initial_weights,
+    open_any,
+    run_stages,
+)
 
 
 def open_run_adapter(workdir: Path) -> TrainedAdapter:
@@ -63,11 +70,23 @@ def check_adapter(stages: dict[str, Config], layout: str = "") -> None:
             f"The run started from a base with the adapters {', '.join(merged)} merged, and that model is saved nowhere, so "
             "an adapter could not name its base; choose the layout llava-hf or llava."
         )
+    if first.model.extra_tokens and not _base_has_tokens(first):
+        raise ConfigError(
+            f"The model's vocabulary has {', '.join(first.model.extra_tokens)} (model.use_im_start_end, "
+            "model.use_im_patch_token), whose rows an adapter does not hold; choose the layout llava-hf or llava."
+        )
     if layout == "peft":
         check_layout(last.model, "llava")
     vocabulary = {"embed_tokens", "lm_head"} & set(split_names(last.tune.language_model_modules))
     if layout == "peft-llava-hf" and vocabulary:
         refuse_vocabulary()
+
+
+def _base_has_tokens(config: Config) -> bool:
+    if not config.init.model:
+        return False
+    base = open_any(config.init.model).config
+    return isinstance(base, ModelConfig) and set(base.extra_tokens) >= set(config.model.extra_tokens)
 
 
 def _replaced_before(stages: dict[str, Config], weights: ModelSource) -> set[str]:

@@ -36,6 +36,7 @@ from llava_jax.run_directory import flatten, open_run_directory
 from llava_jax.sharding import check_model, make_mesh, own_rows
 from llava_jax.stage import Stage, train_stage
 from llava_jax.step import abstract_model
+from llava_jax.tuning import check_images
 from llava_jax.validation import metric_names
 from llava_jax.weights import after_stage, checkpoint_directory, initial_weights
 
@@ -204,10 +205,12 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, wor
     suffix = f"_{name}" if name else ""
     if not is_first():
         suffix += f"_process_{jax.process_index()}"
+    pipeline = make(training, report=workdir / f"bad_samples{suffix}.jsonl")
+    check_images(config, pipeline.summary()["images"])
     return Stage(
         name,
         config,
-        make(training, report=workdir / f"bad_samples{suffix}.jsonl"),
+        pipeline,
         {
             own: make(data, report=workdir / f"bad_evaluation_samples{own and f'_{own}'}{suffix}.jsonl")
             for own, data in evaluations.items()
@@ -221,7 +224,7 @@ def _load_tokenizer(weights: ModelSource) -> Tokenizer:
         raise ConfigError(
             "No tokenizer: set init.tokenizer to a tokenizer.model or a directory that holds one."
         )
-    tokenizer = load_tokenizer(weights.tokenizer_path)
+    tokenizer = load_tokenizer(weights.tokenizer_path, weights.config.extra_tokens)
     require_room(tokenizer, weights.config.text.vocab_size)
     return tokenizer
 

@@ -187,6 +187,24 @@ def check(config: Config) -> None:
     )
 
 
+def only_images_reach(config: Config) -> bool:
+    """Whether text alone gives no gradient to anything that trains."""
+    tune = config.tune
+    newline_alone = tune.language_model == "partial" and not tune.language_model_layers
+    newline_alone = newline_alone and split_names(tune.language_model_modules) == ("image_newline",)
+    return not tune.trains("language_model") or newline_alone
+
+
+def check_images(config: Config, num_images: int) -> None:
+    """Raises ConfigError if only what images pass through trains, on data that has none."""
+    modules = [module for module in PREFIXES if config.tune.trains(module)]
+    require(
+        num_images > 0 or not only_images_reach(config),
+        f"No sample has an image, so that nothing would reach what trains ({' and '.join(modules)}) and every gradient "
+        "would be 0: name data with images, or set tune.language_model='full'.",
+    )
+
+
 def _check_blocks(config: Config) -> None:
     text = config.model.text
     for key, inputs in {

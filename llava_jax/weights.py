@@ -14,8 +14,18 @@ from llava_jax.checkpoint import saved_steps, verified_steps
 from llava_jax.config import Config, InitConfig, ModelConfig
 from llava_jax.config_values import from_json
 from llava_jax.convert import recycled
+from llava_jax.convert.layouts import config_fields
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
+from llava_jax.convert.vocabulary import (
+    EMBEDDING,
+    embeddings_of,
+    saved_embeddings,
+    with_embeddings,
+    with_mean_rows,
+)
+from llava_jax.data.templates import TEMPLATES, get_template
+from llava_jax.data.tokenizer import load_tokenizer, require_room
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.models.quantization import Quantization
 from llava_jax.saved_parameters import SavedParameters
@@ -47,7 +57,8 @@ def initial_weights(config: Config) -> ModelSource:
             f"init.model={init.model} is a part of a model (layout {source.layout}); "
             "set init.vision_tower or init.language_model to it instead."
         )
-    source = _with_tiles(source, model)
+    _check_template(source, config)
+    source = _with_tokens(_with_tiles(source, model), config)
     differing = _differences(source.config, model, "model.")
     if differing:
         path = init.model or " and ".join(filter(None, (init.vision_tower, init.language_model)))
@@ -57,8 +68,9 @@ def initial_weights(config: Config) -> ModelSource:
             + ". Choose the recipe of that size, or add "
             + " ".join(f"--config.{key}={theirs}" for key, theirs, _ in differing)
         )
-    leaves = source.leaves | (_projector(init.projector, model) if init.projector else {})
-    source = with_adapters(dataclasses.replace(source, leaves=leaves), config)
+    if init.projector:
+        source = _with_projector(source, config)
+    source = with_adapters(source, config)
     return complete(
         dataclasses.replace(
             source,
@@ -68,6 +80,27 @@ def initial_weights(config: Config) -> ModelSource:
         ),
         config.seed,
     )
+
+
+def _check_template(source: ModelSource, config: Config) -> None:
+    """Raises ConfigError if the model, or the decoder, says that it has learnt another conversation template than the
+    run's.
+
+    Captions are no conversations, and system texts may differ.
+    """
+    key = "model" if config.init.model else "language_model"
+    path, learnt, asked = getattr(config.init, key), source.template, config.data.template
+    if source.layout not in ("ours", "run"):
+        learnt = config_fields(Path(path)).get("conversation_template") if path else None
+    old, new = TEMPLATES.get(learnt), get_template(asked)
+    if config.init.change_template or old is None or old.caption_only or new.caption_only:
+        return
+    if dataclasses.replace(old, system="") != dataclasses.replace(new, system=""):
+        raise ConfigError(
+            f"init.{key}={path} has learnt the conversation template {learnt!r}, as its config.json says, but "
+            f"data.template={asked!r}; add --config.data.template={learnt}, or --config.init.change_template=True if it "
+            "is to learn another one."
+        )
 
 
 def find_tokenizer(init: InitConfig) -> str:
@@ -88,6 +121,29 @@ def _with_tiles(source: ModelSource, model: ModelConfig) -> ModelSource:
         return source
     tiles = {key: getattr(model, key) for key in ("image_grid_pinpoints", "patch_merge_type")}
     return dataclasses.replace(source, config=dataclasses.replace(source.config, **tiles))
+
+
+def _with_tokens(source: ModelSource, config: Config) -> ModelSource:
+    """`source`, and where the run's tokenizer has tokens that it has not, with rows for them."""
+    model, size = config.model, source.config.text.vocab_size
+    path = config.init.tokenizer or source.tokenizer_path
+    if EMBEDDING not in source.leaves or not path:
+        return source
+    # Parts are put together under the config of the run, so that theirs says nothing of their tokens.
+    known = () if source.layout == "parts" else source.config.extra_tokens
+    new = [token for token in model.extra_tokens if token not in known]
+    if new or model.text.vocab_size > size:
+        tokenizer = load_tokenizer(path, model.extra_tokens)
+        require_room(tokenizer, model.text.vocab_size)
+        begin, end = min(size, tokenizer.vocab_size - len(new)), tokenizer.vocab_size
+        if begin < end:
+            source = with_mean_rows(source, begin, max(end, model.text.vocab_size) if end > size else end)
+    has = dataclasses.replace(
+        source.config,
+        use_im_start_end=source.config.use_im_start_end or model.use_im_start_end,
+        use_im_patch_token=source.config.use_im_patch_token or model.use_im_patch_token,
+    )
+    return dataclasses.replace(source, config=has)
 
 
 def complete(source: ModelSource, seed: int) -> ModelSource:
@@ -343,17 +399,43 @@ def _random_leaves(model: ModelConfig, seed: int, names: Iterable[str]) -> dict[
     }
 
 
-def _projector(path: str, model: ModelConfig) -> dict[str, Leaf]:
+def _with_projector(weights: ModelSource, config: Config) -> ModelSource:
+    """`weights` with the projector of `init.projector` and, as in the original, the embeddings of <im_start> and <im_end>
+    that were trained with it."""
+    path, model = config.init.projector, config.model
     source = open_run(Path(path)) if _is_run(Path(path)) else open_projector(path)
+    weights = weights.with_leaves(_projector(path, source, model))
+    learnt = source.config is None or source.config.use_im_start_end  # of a file only its tensors tell
+    if not (model.use_im_start_end and learnt and EMBEDDING in weights.leaves and weights.tokenizer_path):
+        return weights
+    tokenizer = load_tokenizer(config.init.tokenizer or weights.tokenizer_path, model.extra_tokens)
+    ids = [tokenizer.special_id(token) for token in ("<im_start>", "<im_end>")]
+    if EMBEDDING in source.leaves:
+        rows = embeddings_of(source, ids)
+    else:
+        rows = saved_embeddings(path, ids, weights.leaves[EMBEDDING].shape)
+    return with_embeddings(weights, ids, rows) if rows else weights
+
+
+def _projector(path: str, source: ModelSource, model: ModelConfig) -> dict[str, Leaf]:
     leaves = {name: leaf for name, leaf in source.leaves.items() if _is_projector(name)}
     found = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     expected = {name: leaf.shape for name, leaf in abstract_model(model)[1].items() if _is_projector(name)}
     if found != expected:
         raise ConfigError(
             f"The projector in init.projector={path} has shapes {found}; model.projector_type={model.projector_type!r} "
-            f"between this tower and this decoder needs {expected}."
+            f"between this tower and this decoder needs {expected}. {_projector_cure(found, model)}"
         )
     return leaves
+
+
+def _projector_cure(found: dict[str, tuple[int, ...]], model: ModelConfig) -> str:
+    kernels = [found[name] for name in sorted(found) if name.endswith(".kernel")]
+    ends = (model.vision.hidden_size, model.text.hidden_size)
+    if kernels and (kernels[0][0], kernels[-1][1]) == ends:
+        kind = "linear" if len(kernels) == 1 else f"mlp{len(kernels)}x_gelu"
+        return f"Add --config.model.projector_type={kind}."
+    return "It was trained with another tower or decoder: name that projector, or leave init.projector empty for a new one."
 
 
 def _is_projector(name: str) -> bool:

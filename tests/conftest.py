@@ -22,6 +22,17 @@ def shapes_dataset(tmp_path_factory) -> str:
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_model(shapes_dataset, tmp_path_factory) -> str:
+    """The tiny recipe's model before training, as a directory of ours; drawing it takes longer than reading it."""
+    from llava_jax.convert.ours import write_model
+    from llava_jax.weights import initial_weights
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    write_model(directory, initial_weights(parse(tiny_recipe_of(shapes_dataset)).first))
+    return str(directory)
+
+
 @pytest.fixture
 def tiny_recipe(shapes_dataset):
     """A one-stage recipe that trains in seconds; tests change what they need and parse it."""

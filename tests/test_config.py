@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,8 @@ def load_recipe(path: Path):
 def test_every_recipe_is_valid_and_says_its_command(path):
     module = load_recipe(path)
     assert f"--config=configs/{path.name}" in module.__doc__
-    for arguments in [("7b",), ("13b",)] if path.stem.startswith("llava15") else [()]:
+    (choice, *_) = [*inspect.signature(module.get_config).parameters, ""]
+    for arguments in {"size": [("7b",), ("13b",)], "tuning": [("lora",), ("full",)]}.get(choice, [()]):
         recipe = parse(module.get_config(*arguments))
         assert recipe.name.startswith(path.stem.split("_")[0])
 

@@ -17,7 +17,13 @@ from llava_jax.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.convert.component_configs import read_text_config, read_vision_config
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.export import write_hf
-from llava_jax.convert.model_configs import read_llava_config, read_llava_hf_config, read_tinyllava_config
+from llava_jax.convert.model_configs import (
+    ORIGINAL_TOKENS,
+    read_llava_config,
+    read_llava_hf_config,
+    read_tinyllava_config,
+    write_llava_config,
+)
 from llava_jax.convert.opening import open_model
 from tests.tiny_models import SIZES, VISION, as_original, random_source, save_clip, save_llava
 
@@ -224,10 +230,27 @@ def test_originals_with_other_image_handling_are_refused(llava_hf, tmp_path):
     save_clip(tmp_path / "clip", llava_hf)
     for change, message in (
         ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio='anyres_max_9'"),
-        ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints"),
         ({"model_type": "llava_mpt"}, "llava_mpt"),
     ):
         directory = as_original(llava_hf, tmp_path / message, tower=False, **change)
         with pytest.raises(ConversionError, match=message):
             open_model(directory)
+
+
+def test_an_original_with_tokens_around_images_keeps_them(llava_hf, tmp_path):
+    save_clip(tmp_path / "clip", llava_hf)
+    for fields, tokens in (
+        ({"mm_use_im_start_end": True, "mm_use_im_patch_token": False}, ("<im_start>", "<im_end>")),
+        (
+            {"mm_use_im_start_end": True, "mm_use_im_patch_token": True},
+            ("<im_patch>", "<im_start>", "<im_end>"),
+        ),
+        ({}, ()),  # on which the original's loader adds <im_patch> by itself
+    ):
+        directory = as_original(llava_hf, tmp_path / f"{len(tokens)}", tower=False, **fields)
+        model = open_model(directory).config
+        assert (model.extra_tokens, model.text.vocab_size) == (tokens, 90)
+        written = write_llava_config(model, ORIGINAL_TOKENS, dtype="float32")
+        assert written["mm_use_im_start_end"] == bool(tokens)
+        assert written["mm_use_im_patch_token"] == (len(tokens) == 3)

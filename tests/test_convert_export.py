@@ -13,6 +13,7 @@ import torch
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoProcessor,
     LlavaForConditionalGeneration,
 )
@@ -312,3 +313,26 @@ def test_exported_image_processor_has_the_pixels_that_the_original_trained_on(tm
         file = folder / "inputs" / re.sub(r"_(jpg|png)$", r".\1", name)
         pixels = settings(Image.open(file).convert("RGB"), return_tensors="np").pixel_values[0]
         np.testing.assert_allclose(pixels.transpose(1, 2, 0), expected, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("bias", "tied", "kind"),
+    [("none", False, "llama"), ("qkvo", True, "llama"), ("qkv", False, "qwen2")],
+)
+def test_a_decoder_alone_is_read_by_transformers_and_by_us(bias, tied, kind, tmp_path):
+    model, _ = random_source()
+    text = dataclasses.replace(model.text, attention_bias=bias, tie_word_embeddings=tied)
+    if kind == "qwen2":  # whose heads share the width evenly
+        text = dataclasses.replace(text, head_dim=6)
+    model, arrays = random_source(text=text)
+    write_hf(tmp_path / "hf", layout="llama", model=model, read=arrays.__getitem__, template="mpt")
+    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert theirs.config.model_type == kind
+    assert not (found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"])
+    head = "language_model.embed_tokens.embedding" if tied else "language_model.lm_head.kernel"
+    weight = theirs.get_output_embeddings().weight.detach().numpy()
+    assert np.array_equal(weight if tied else weight.T, arrays[head])
+    again = open_model(tmp_path / "hf")
+    assert again.config == text
+    assert sorted(again.names()) == sorted(name for name in arrays if name.startswith("language_model."))
+    assert all(np.array_equal(again.read(name), arrays[name]) for name in again.names())

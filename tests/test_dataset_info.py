@@ -61,7 +61,7 @@ def test_dataset_info_as_llama_factory_writes_it(tmp_path):
         ({"formatting": "alpaca"}, "'file_name' should be the path of a JSON file, not None"),
         (
             {"file_name": "a", "formatting": "parquet"},
-            "formatting 'parquet' is not one of 'llava', 'alpaca', 'sharegpt', 'openai'",
+            "formatting 'parquet' is not one of 'llava', 'alpaca', 'sharegpt', 'openai', 'text'",
         ),
         ({"file_name": "a", "num_samples": 0}, "'num_samples' should be a positive whole number, not 0"),
         (

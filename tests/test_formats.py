@@ -110,7 +110,12 @@ def test_alpaca_history_comes_first():
     [
         ({"output": "x"}, "record 0: 'instruction' should be text, not nothing."),
         ({"instruction": 1, "output": "x"}, "record 0: 'instruction' should be text, not a number."),
-        ({"instruction": "x"}, "record 0: 'output' should be text, not nothing."),
+        (
+            {"instruction": "x"},
+            "record 0: 'output' should be text, not nothing; documents that are learnt as a whole have 'formatting': "
+            "'text' and 'columns': {'text': 'instruction'} in dataset_info.json.",
+        ),
+        ({"instruction": "x", "output": 2}, "record 0: 'output' should be text, not a number."),
         (
             {"instruction": "x", "output": "y", "history": "z"},
             "record 0: 'history' should be a list of pairs, not text.",

@@ -1,5 +1,6 @@
 """Runs the conformance sets that are at hand; `python -m tests.golden DIR` runs those of any folder."""
 
+import dataclasses
 import gzip
 import importlib
 import importlib.util
@@ -99,3 +100,23 @@ def test_the_original_trains_what_its_switches_say():
     assert tune({"lora_enable": True, "tune_mm_mlp_adapter": True}) == TuneConfig(language_model="frozen")
     assert tune({"freeze_backbone": True}).language_model_modules == "lm_head"
     assert tune({"freeze_mm_mlp_adapter": True}) == TuneConfig(projector="frozen")
+    marked = tune({"tune_mm_mlp_adapter": True, "mm_use_im_start_end": True})
+    assert (marked.language_model, marked.language_model_modules) == ("partial", "embed_tokens")
+
+
+def test_rows_that_the_original_appended_stand_below_the_bases():
+    rows = {
+        "model.embed_tokens.weight.extra_rows": np.ones((3, 4), np.float32),
+        "lm_head.weight.extra_rows": np.full((3, 4), 2.0, np.float32),
+        "model.mm_projector.weight": np.zeros((4, 6), np.float32),
+    }
+    asked = {"mm_use_im_start_end": True, "mm_use_im_patch_token": True}
+    base = dataclasses.replace(ModelConfig(), text=dataclasses.replace(ModelConfig().text, vocab_size=7))
+    model = training._with_tokens(base, asked, rows)
+    assert (model.text.vocab_size, model.extra_tokens) == (10, ("<im_patch>", "<im_start>", "<im_end>"))
+    old = {
+        f"language_model.{name}.weight": np.zeros((7, 4), np.float32) for name in ("embed_tokens", "lm_head")
+    }
+    found = training._with_extra_rows(rows, old)
+    assert found["lm_head.weight"][6:].tolist() == [[0.0] * 4] + [[2.0] * 4] * 3
+    assert found["model.embed_tokens.weight"].shape == (10, 4) and len(found) == 3

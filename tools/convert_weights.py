@@ -3,6 +3,7 @@
 from-hf SRC DST                                      import a model of any layout
 from-hf --vision-tower=CLIP --language-model=LLM DST put a model together, with a new projector
 to-hf SRC DST --layout=llava-hf|llava                export
+to-hf SRC DST --layout=llama                         export the decoder alone
 to-hf RUN DST --layout=peft|peft-llava-hf            export only what a run by LoRA trained
 to-hf SRC DST --only=projector                       export the projector alone
 merge-lora BASE ADAPTER DST                          merge a PEFT LoRA adapter into its base
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if SRC holds none"
     )
     command.add_argument(
-        "--layout", choices=("llava-hf", "llava", "peft", "peft-llava-hf"), help="default: llava-hf"
+        "--layout", choices=("llava-hf", "llava", "llama", "peft", "peft-llava-hf"), help="default: llava-hf"
     )
     command.add_argument(
         "--only",

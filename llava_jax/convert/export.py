@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face directory (llava-hf) or in the original LLaVA's layout."""
+"""Writes a model as a Hugging Face directory (llava-hf), in the original LLaVA's layout, or its decoder alone."""
 
 import dataclasses
 import json
@@ -16,16 +16,18 @@ from llava_jax.convert.matching import reading_axis
 from llava_jax.convert.model_configs import (
     ORIGINAL_TOKENS,
     SpecialTokens,
+    write_llama_config,
     write_llava_config,
     write_llava_hf_config,
 )
-from llava_jax.convert.names import PATCHES, VOCABULARY, Row, idle_vision_rows, model_rows, spell
+from llava_jax.convert.names import PATCHES, VOCABULARY, Row, idle_vision_rows, model_rows, spell, text_rows
 from llava_jax.convert.new_directory import new_directory
 from llava_jax.convert.progress import Progress, silent
 from llava_jax.convert.shard_writer import ShardWriter
 from llava_jax.convert.source import Index, Leaf, read_ahead
 from llava_jax.convert.tokenizer_files import copy_tokenizer
 from llava_jax.convert.transposing import contiguous
+from llava_jax.data.tokenizer import load_tokenizer
 
 
 def write_hf(
@@ -51,12 +53,13 @@ def write_hf(
     grows by `<image>` and `<pad>` to a multiple of 64; the token rows above ours are those set aside at
     import, else the mean of ours. "llava" keeps our vocabulary and holds the CLIP tower. CLIP's layers and
     norm that are never run come from `set_aside`; without it they are written as identities: layers whose
-    projections and biases are zero, norms of scale one.
+    projections and biases are zero, norms of scale one. "llama" is the decoder alone, as a LlamaForCausalLM or, with
+    Qwen2's biases, a Qwen2ForCausalLM.
 
     Raises ConversionError if the layout cannot express the model or `directory` exists and is not empty.
     """
-    if layout not in ("llava-hf", "llava"):
-        raise ConversionError(f"layout={layout!r} is not one of 'llava-hf', 'llava'.")
+    if layout not in ("llava-hf", "llava", "llama"):
+        raise ConversionError(f"layout={layout!r} is not one of 'llava-hf', 'llava', 'llama'.")
     set_aside = set_aside or {}
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConversionError(f"dtype={dtype!r} is not one of 'float32', 'bfloat16', 'float16'.")
@@ -74,16 +77,33 @@ def write_hf(
                 image_in_prompt=image_in_prompt,
             )
         else:
-            copy_tokenizer(tokenizer_path, partial)
+            copy_tokenizer(tokenizer_path, partial, model.extra_tokens)
             write_slow_tokenizer_config(partial)
             tokens, vocabulary = ORIGINAL_TOKENS, model.text.vocab_size
-            fields = write_llava_config(model, tokens, dtype=named_dtype)
-        fields |= {"image_aspect_ratio": image_aspect_ratio, "conversation_template": template}
+            if layout == "llava":
+                fields = write_llava_config(model, tokens, dtype=named_dtype)
+            else:
+                tokens = _tokens_of(tokenizer_path, model)
+                fields = write_llama_config(model.text, tokens, dtype=named_dtype)
+        if layout != "llama":
+            fields |= {"image_aspect_ratio": image_aspect_ratio}
+        fields |= {"conversation_template": template}
         generation = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
         (partial / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
-        leaves = (_checked(row, read(row.leaf)) for row in model_rows(model))
-        _write_tensors(partial, layout, model, leaves, set_aside, vocabulary, dtype, max_shard_size, progress)
+        rows = text_rows(model.text) if layout == "llama" else model_rows(model)
+        leaves = (_checked(row, read(row.leaf)) for row in rows)
+        _write_tensors(
+            partial, layout, model, rows, leaves, set_aside, vocabulary, dtype, max_shard_size, progress
+        )
+
+
+def _tokens_of(tokenizer_path: str, model: ModelConfig) -> SpecialTokens:
+    if not tokenizer_path:
+        return ORIGINAL_TOKENS
+    tokenizer = load_tokenizer(tokenizer_path, model.extra_tokens)
+    pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    return dataclasses.replace(ORIGINAL_TOKENS, bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=pad)
 
 
 def check_layout(model: ModelConfig, layout: str) -> None:
@@ -91,7 +111,7 @@ def check_layout(model: ModelConfig, layout: str) -> None:
     if layout == "llava-hf":
         tokens = SpecialTokens(image=model.text.vocab_size, pad=model.text.vocab_size + 1, bos=1, eos=2)
         write_llava_hf_config(model, tokens, dtype="float32", vocab_size=model.text.vocab_size + 2)
-    else:
+    elif layout == "llava":
         write_llava_config(model, ORIGINAL_TOKENS, dtype="float32")
 
 
@@ -112,10 +132,9 @@ def _checked(row: Row, array: Leaf | np.ndarray) -> Leaf:
 
 
 def _write_tensors(
-    directory: Path, layout, model, leaves, set_aside, vocabulary, dtype, max_shard_size, progress
+    directory: Path, layout, model, rows, leaves, set_aside, vocabulary, dtype, max_shard_size, progress
 ) -> None:
-    rows = model_rows(model)
-    idle_rows = idle_vision_rows(model.vision, model.num_vision_layers_run)
+    idle_rows = [] if layout == "llama" else idle_vision_rows(model.vision, model.num_vision_layers_run)
     names = {
         name: spell(name, layout, model.projector_type) for row in [*rows, *idle_rows] for name in row.tensors
     }

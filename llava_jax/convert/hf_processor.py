@@ -29,10 +29,11 @@ def write_tokenizer(directory: Path, tokenizer_path: str, model: ModelConfig) ->
     """
     base = model.text.vocab_size
     if not tokenizer_path:
-        return SpecialTokens(image=base, pad=base + 1, bos=1, eos=2), IMAGE + "\n"
+        written = f"<im_start>{IMAGE}<im_end>\n" if model.use_im_start_end else IMAGE + "\n"
+        return SpecialTokens(image=base, pad=base + 1, bos=1, eos=2), written
     from transformers import AddedToken
 
-    tokenizer = _load_tokenizer(directory, tokenizer_path)
+    tokenizer = _load_tokenizer(directory, tokenizer_path, model.extra_tokens)
     own = [token for token in (IMAGE, PAD) if token not in tokenizer.get_vocab()]
     if len(tokenizer) > base + 2 - len(own):
         raise ConversionError(
@@ -52,15 +53,17 @@ def write_tokenizer(directory: Path, tokenizer_path: str, model: ModelConfig) ->
         bos=1 if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos=2 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
     )
+    if model.use_im_start_end:  # what follows an image is a token that no space belongs in front of
+        return tokens, f"<im_start>{IMAGE}<im_end>\n"
     return tokens, _image_in_prompt(tokenizer)
 
 
-def _load_tokenizer(directory: Path, tokenizer_path: str):
+def _load_tokenizer(directory: Path, tokenizer_path: str, extra_tokens: tuple[str, ...]):
     """transformers' tokenizer for `tokenizer_path`; a tokenizer.model is copied to `directory` too."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     with tempfile.TemporaryDirectory() as copied:
-        copy_tokenizer(tokenizer_path, Path(copied))
+        copy_tokenizer(tokenizer_path, Path(copied), extra_tokens)
         vocabulary = Path(copied) / "tokenizer.model"
         if not vocabulary.exists():
             return AutoTokenizer.from_pretrained(copied)

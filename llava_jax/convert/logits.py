@@ -101,7 +101,13 @@ def _prompt(source: ModelSource) -> np.ndarray:
     """The question int32[T] with one placeholder; without a tokenizer, ids from all over the vocabulary."""
     if source.tokenizer_path and source.template in TEMPLATES:
         template = TEMPLATES[source.template]
-        return render_prompt(QUESTION, template, load_tokenizer(source.tokenizer_path), num_images=1)
+        return render_prompt(
+            QUESTION,
+            template,
+            load_tokenizer(source.tokenizer_path, source.config.extra_tokens),
+            num_images=1,
+            image_markers=source.config.use_im_start_end,
+        )
     ids = np.linspace(1, source.config.text.vocab_size - 1, 24).astype(np.int32)
     return np.insert(ids, 8, IMAGE_TOKEN)
 

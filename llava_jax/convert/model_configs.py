@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 
-from llava_jax.config import ModelConfig, VisionConfig
+from llava_jax.config import ModelConfig, TextConfig, VisionConfig
 from llava_jax.convert.component_configs import (
     build,
     read_text_config,
@@ -80,6 +80,7 @@ def read_llava_hf_config(fields: dict, where: str, generation: dict) -> tuple[Mo
         select_layer=layer,
         select_feature=features[strategy],
         **(_read_llava_next(fields, where) if fields.get("model_type") == "llava_next" else {}),
+        **_read_extra_tokens(fields),
     )
     return model, file_vocabulary
 
@@ -148,6 +149,9 @@ def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: s
             "torch_dtype": dtype,
         },
         "vision_config": write_vision_config(model.vision),
+        **(
+            _write_extra_tokens(model) if model.extra_tokens else {}
+        ),  # transformers ignores them; we read them
         **next_fields,
     }
 
@@ -181,8 +185,6 @@ def read_llava_config(fields: dict, vision: VisionConfig, where: str) -> ModelCo
             kind,
             f"the original models that can be read are {', '.join(_ORIGINAL_DECODERS)}",
         )
-    if fields.get("mm_use_im_start_end"):
-        refuse(where, "mm_use_im_start_end", True, "images are not wrapped in start and end tokens here")
     if fields.get("s2"):
         refuse(where, "s2", True, "features are read at one scale")
     return build(
@@ -195,7 +197,24 @@ def read_llava_config(fields: dict, vision: VisionConfig, where: str) -> ModelCo
         select_feature=fields.get("mm_vision_select_feature", "patch"),
         image_grid_pinpoints=_read_grid(fields.get("image_grid_pinpoints") or [], where),
         patch_merge_type=fields.get("mm_patch_merge_type", "flat"),
+        **_read_extra_tokens(fields),
     )
+
+
+def _read_extra_tokens(fields: dict) -> dict:
+    """Which tokens were added to the vocabulary. Where a config.json is silent on <im_patch>, the original adds it
+    to the tokenizer after training, so that it has no meaning to a model."""
+    return {
+        "use_im_start_end": bool(fields.get("mm_use_im_start_end")),
+        "use_im_patch_token": bool(fields.get("mm_use_im_patch_token")),
+    }
+
+
+def _write_extra_tokens(model: ModelConfig) -> dict:
+    return {
+        "mm_use_im_start_end": model.use_im_start_end,
+        "mm_use_im_patch_token": model.use_im_patch_token,
+    }
 
 
 def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str) -> dict:
@@ -225,8 +244,7 @@ def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str)
         "mm_patch_merge_type": model.patch_merge_type,
         "mm_projector_type": model.projector_type,
         "mm_resampler_type": None,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
+        **_write_extra_tokens(model),
         "mm_vision_select_feature": model.select_feature,
         "mm_vision_select_layer": model.select_layer,
         "mm_vision_tower": tower,
@@ -236,6 +254,20 @@ def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str)
         "unfreeze_mm_vision_tower": True,
         **({"image_grid_pinpoints": model.image_grid_pinpoints} if model.image_grid_pinpoints else {}),
         "vision_config": write_vision_config(model.vision),
+    }
+
+
+def write_llama_config(text: TextConfig, tokens: SpecialTokens, *, dtype: str) -> dict:
+    """The config.json of a decoder of its own."""
+    kind = "qwen2" if text.attention_bias == "qkv" else "llama"
+    return {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "torch_dtype": dtype,
+        **write_text_config(text),
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.pad,
     }
 
 

@@ -14,6 +14,7 @@ from llava_jax.convert.names import PROJECTOR
 from llava_jax.convert.reading import Reading
 from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles
+from llava_jax.convert.vocabulary import EMBEDDING
 
 
 def open_model(path, *, vision_tower="", needs_tower=True) -> ModelSource:
@@ -46,14 +47,17 @@ def read_model(path, *, vision_tower="") -> Reading | Adapter | ModelSource:
 
 
 def open_projector(path) -> ModelSource:
-    """Opens only the projector of a file, a directory or a whole model; the rest need not be complete."""
+    """Opens only the projector of a file, a directory or a whole model; the rest need not be complete.
+
+    Of a directory of our own the embedding comes with it if that has tokens around images.
+    """
     path = fetch(path)
     if not ours.is_ours(path):
         return layouts.read_projector(path, TensorFiles(path)).source()
-    leaves = ours.open_ours(path).leaves
-    return ModelSource(
-        "projector", None, {name: leaf for name, leaf in leaves.items() if name.startswith(PROJECTOR)}
-    )
+    model = ours.open_ours(path)
+    more = {EMBEDDING} if model.config.use_im_start_end else set()
+    leaves = {n: leaf for n, leaf in model.leaves.items() if n.startswith(PROJECTOR) or n in more}
+    return ModelSource("projector", None, leaves)
 
 
 def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> ModelSource:

@@ -90,7 +90,7 @@ def write_model(directory, source: ModelSource, *, progress: Progress = silent) 
         set_aside = source.set_aside()
         if set_aside:
             save_file(set_aside, partial / "set_aside.safetensors")
-        copy_tokenizer(source.tokenizer_path, partial)
+        copy_tokenizer(source.tokenizer_path, partial, source.config.extra_tokens)
         fields = {
             "format": _FORMAT,
             "version": _VERSION,

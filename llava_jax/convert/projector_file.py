@@ -22,7 +22,8 @@ _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "B
 def write_projector(destination, source: ModelSource, *, dtype: str | None = None) -> None:
     """Writes `*.safetensors`, `*.bin` (torch's format), or a directory with mm_projector.bin and config.json.
 
-    Tensors are named as the original names them (`model.mm_projector.0.weight`). The directory is what the
+    Tensors are named as the original names them (`model.mm_projector.0.weight`); with <im_start> and <im_end> the
+    embedding is one of them. The directory is what the
     original loads beside a base model (its --model-base). `dtype` None keeps each tensor's own. Raises
     ConversionError if `source` has no projector or the destination exists.
     """
@@ -57,6 +58,10 @@ def _tensors(source: ModelSource, dtype: str | None) -> dict[str, np.ndarray]:
         array = source.read(row.leaf)
         tensor = np.ascontiguousarray(row.to_theirs(array.astype(dtype or array.dtype)))
         tensors[spell(row.tensors[0], "projector", kind)] = tensor
+    if isinstance(source.config, ModelConfig) and source.config.use_im_start_end:
+        # Trained with the projector; the original takes those of its two tokens (initialize_vision_tokenizer).
+        embedding = source.read("language_model.embed_tokens.embedding")
+        tensors["model.embed_tokens.weight"] = embedding.astype(dtype or embedding.dtype)
     return tensors
 
 

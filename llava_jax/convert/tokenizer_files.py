@@ -1,9 +1,12 @@
 """Which files make a tokenizer, where they lie and how they are copied."""
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava_jax.convert.json_files import read_json
+from llava_jax.data.tokenizer import Tokenizer, added_tokens, load_tokenizer
 
 # One of the first two is the vocabulary; the rest say how it is used.
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json")
@@ -30,8 +33,11 @@ def is_legacy(directory: Path) -> bool:
     return file.exists() and read_json(file).get("legacy") is not False
 
 
-def copy_tokenizer(tokenizer_path: str, directory: Path) -> None:
-    """Copies a tokenizer (a directory, or one of its vocabulary files with the settings beside it)."""
+def copy_tokenizer(tokenizer_path: str, directory: Path, extra_tokens: Sequence[str] = ()) -> None:
+    """Copies a tokenizer (a directory, or one of its vocabulary files with the settings beside it).
+
+    `extra_tokens`, if any, are added to its files, in place of those that others have added behind the vocabulary.
+    """
     if not tokenizer_path:
         return
     source = Path(tokenizer_path)
@@ -44,3 +50,50 @@ def copy_tokenizer(tokenizer_path: str, directory: Path) -> None:
     for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, directory / name)
+    if extra_tokens:
+        _add_tokens(directory, load_tokenizer(tokenizer_path, extra_tokens), extra_tokens)
+
+
+def _add_tokens(directory: Path, tokenizer: Tokenizer, extra_tokens: Sequence[str]) -> None:
+    ids = {token: tokenizer.special_id(token) for token in extra_tokens}
+    if (directory / "tokenizer.json").exists():
+        _add_to_json(directory / "tokenizer.json", ids)
+    if not (directory / "tokenizer.model").exists():
+        return
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file) if file.exists() else {}
+    before = {
+        token: id
+        for token, id in added_tokens(str(directory), settings).items()
+        if id < min(ids.values()) and tokenizer.special_id(token) == id
+    }
+    _write_json(directory / "added_tokens.json", before | ids)
+    if "added_tokens_decoder" in settings:
+        kept = {
+            id: token
+            for id, token in settings["added_tokens_decoder"].items()
+            if token["content"] in ("<unk>", "<s>", "</s>", *before)
+        }
+        added = {str(id): _SPECIAL | {"content": token} for token, id in ids.items()}
+        _write_json(file, settings | {"added_tokens_decoder": kept | added})
+
+
+_SPECIAL = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
+
+def _write_json(path: Path, fields: dict) -> None:
+    path.write_text(json.dumps(fields, indent=2), encoding="utf-8")
+
+
+def _add_to_json(file: Path, ids: dict[str, int]) -> None:
+    """Adds tokens to a tokenizer.json. Beside a tokenizer.model one that would give them other ids is removed."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(token, special=True, normalized=False) for token in ids]
+    )
+    if all(tokenizer.token_to_id(token) == id for token, id in ids.items()):
+        tokenizer.save(str(file))
+    else:
+        file.unlink()

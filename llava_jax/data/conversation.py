@@ -161,6 +161,17 @@ def render_prompt(
     return _encode(text, tokenizer=tokenizer, split_images=num_images > 0)[0]
 
 
+def tokenize_document(text: str, tokenizer: Tokenizer) -> Encoded:
+    """Writes a text as tokens between the tokenizer's beginning, if it has one, and its end. All are learnt but the
+    first, which nothing predicts."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    # Of a chat model's tokenizer the end is that of a turn; LLaMA-Factory too ends Llama 3's documents as its base does.
+    end = tokenizer.special_id("<|end_of_text|>")
+    tokens = np.array([*begin, *tokenizer.encode(text), tokenizer.eos_id if end is None else end], np.int32)
+    labels = np.concatenate([[IGNORE], tokens[1:]]).astype(np.int32)
+    return Encoded(tokens, labels, np.array([len(tokens)], np.int32), np.zeros((0, 2), np.int32))
+
+
 def expand_images(encoded: Encoded, num_tokens: Sequence[int]) -> Encoded:
     """Repeats each image's placeholder; num_tokens: how often, for every image in order.
 

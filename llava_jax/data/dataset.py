@@ -36,13 +36,15 @@ class Source:
 class Dataset:
     """Samples by number, read and checked when asked for.
 
-    `picks` int64[num_samples, 2]: for each sample, its file in `sources` and its record therein. Beyond that
-    only the places of the records in their files are held, so that it is cheap to send to other processes.
+    `picks` int64[num_samples, 2]: for each sample, its file in `sources` and its record therein. `pieces`
+    int64[num_samples]: which piece of its document a sample is, once these are cut. Beyond that only the places of the
+    records in their files are held, so that it is cheap to send to other processes.
     """
 
     sources: tuple[Source, ...]
     picks: np.ndarray
     video_frames: int
+    pieces: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.picks)
@@ -66,6 +68,10 @@ class Dataset:
             video_frames=self.video_frames,
             source=prefix,
         )
+
+    def piece(self, id: int) -> int:
+        """Which piece of its document a sample is; 0 for a conversation."""
+        return 0 if self.pieces is None else int(self.pieces[id])
 
     def folder(self, id: int) -> ImageFolder:
         """Where the images of a sample are."""

@@ -1,4 +1,4 @@
-"""How a record is written: the chats of LLaVA, ShareGPT and OpenAI, and the tasks of Alpaca."""
+"""How a record is written: the chats of LLaVA, ShareGPT and OpenAI, the tasks of Alpaca, and plain documents."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,21 +6,46 @@ from collections.abc import Mapping
 from llava_jax.errors import DataError
 
 ROLES = ("human", "gpt")
+DOCUMENT = "document"  # the role of a text that is learnt as a whole
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Conversation:
     """What one record says, before its media are looked for."""
 
-    turns: tuple[tuple[str, str], ...]  # (role, text) with roles human, gpt, human, ...
+    turns: tuple[tuple[str, str], ...]  # (role, text) with roles human, gpt, human, ...; or one DOCUMENT
     images: tuple[str, ...] = ()
     videos: tuple[str | tuple[str, ...], ...] = ()  # each a directory of frames, or its frames
     system: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
+class Document:
+    """Records of plain text, all of which is learnt: what LLaMA-Factory's pretraining stage reads."""
+
+    text: str = "text"
+
+    @property
+    def main_key(self) -> str:
+        return self.text
+
+    def read(self, record: Mapping, name: str) -> Conversation:
+        """Raises DataError beginning with `name` where the record is not written so."""
+        for key in ("image", "images", "video", "videos"):
+            if record.get(key):
+                raise DataError(
+                    f"{name}: has {self.text!r} and {key!r}, but a document is text alone; write it as 'conversations', or "
+                    f"remove {key!r}."
+                )
+        text = require_text(record.get(self.text), self.text, name)
+        if not text.strip():
+            raise DataError(f"{name}: {self.text!r} is empty; remove this record.")
+        return Conversation(((DOCUMENT, text),))
+
+
+@dataclasses.dataclass(frozen=True)
 class Chat:
-    """Records that list their turns; ShareGPT's by default.
+    """Records that list their turns; ShareGPT's by default. One that has a 'text' in their place is a `Document`.
 
     An opening turn of the assistant is dropped, as in the original: there is no question that it answers.
     """
@@ -44,6 +69,8 @@ class Chat:
     def read(self, record: Mapping, name: str) -> Conversation:
         """Raises DataError beginning with `name` where the record is not written so."""
         messages = record.get(self.messages)
+        if messages is None and "text" in record:
+            return Document().read(record, name)
         if not isinstance(messages, list) or not messages:
             raise DataError(
                 f"{name}: {self.messages!r} should be a list of turns, not {json_type(messages)}."
@@ -121,6 +148,11 @@ class Alpaca:
                 f"{name}: {self.prompt!r} should be text, not {json_type(record.get(self.prompt))}."
             )
         turns.append(("human", "\n".join(filter(None, asked))))
+        if record.get(self.response) is None and not turns[:-1]:
+            raise DataError(
+                f"{name}: {self.response!r} should be text, not nothing; documents that are learnt as a whole have "
+                f"'formatting': 'text' and 'columns': {{'text': {self.prompt!r}}} in dataset_info.json."
+            )
         turns.append(("gpt", require_text(record.get(self.response), self.response, name)))
         system = _optional_text(record, self.system, name)
         return Conversation(tuple(turns), *_media(record, self.images, self.videos, name), system)
@@ -132,7 +164,7 @@ class Alpaca:
         return history or []
 
 
-Format = Chat | Alpaca
+Format = Chat | Alpaca | Document
 LLAVA = Chat(system_tag="")  # the original refuses such a turn
 FORMATS = {
     "llava": LLAVA,
@@ -146,6 +178,7 @@ FORMATS = {
         assistant_tag="assistant",
         observation_tag="tool",
     ),
+    "text": Document(),
 }
 
 

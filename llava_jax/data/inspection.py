@@ -15,6 +15,7 @@ from llava_jax.data import shuffling
 from llava_jax.data.batching import Sample
 from llava_jax.data.conversation import IGNORE, IMAGE_TOKEN
 from llava_jax.data.dataset import Dataset
+from llava_jax.data.documents import cut_documents
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.measuring import Measurements, measure
 from llava_jax.data.samples import SampleReader
@@ -83,6 +84,8 @@ def inspect(
         overwrite_cache=True,  # images may have changed since
         progress=Counter("  measuring samples:"),
     )
+    reader, measured = cut_documents(reader, measured)
+    dataset = reader.dataset
     problems = find_problems(dataset, measured)
     if decode:
         ids = np.setdiff1d(np.flatnonzero(measured.num_images), list(problems))

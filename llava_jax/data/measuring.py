@@ -16,11 +16,11 @@ from llava_jax.data.processes import map_in_processes
 from llava_jax.data.samples import SampleReader
 from llava_jax.errors import DataError
 
-_FORMAT = 2  # raise it when the same settings give other measurements, or are kept in another way
+_FORMAT = 3  # raise it when the same settings give other measurements, or are kept in another way
 _CHUNK = 1000  # samples measured between two signs of progress
 _WORTH_A_PROCESS = 5 * _CHUNK  # starting one takes as long as measuring a few thousand samples
 _MAX_PROCESSES = 16
-COLUMNS = ("lengths", "full_lengths", "num_supervised", "num_images", "num_tiles")
+COLUMNS = ("lengths", "full_lengths", "num_supervised", "num_images", "num_tiles", "num_pieces")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Measurements:
     num_supervised: np.ndarray
     num_images: np.ndarray
     num_tiles: np.ndarray
+    num_pieces: np.ndarray  # that documents are cut into; 1 for conversations
     problems: dict[int, str]  # sample id -> why it cannot be trained on
     image_owners: np.ndarray  # int32[K], the sample of each image
     image_paths: list[str]  # K paths, as the records spell them
@@ -106,6 +107,7 @@ def _measure_chunk(reader: SampleReader, ids: np.ndarray) -> Measurements:
             np.count_nonzero(outline.labels != IGNORE),
             outline.num_images,
             outline.num_tiles,
+            outline.num_pieces,
         )
         paths += outline.record.images
         owners += [id] * len(outline.record.images)

@@ -15,6 +15,7 @@ from llava_jax.config import ConfigError, DataConfig
 from llava_jax.data import batching
 from llava_jax.data.batching import Sample
 from llava_jax.data.dataset import Dataset
+from llava_jax.data.documents import cut_documents
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.measuring import measure
 from llava_jax.data.packing import default_max_images
@@ -61,7 +62,6 @@ class Pipeline:
             )
         num_rows = config.batch_size // accumulation_steps
         self.config = config
-        self.dataset = dataset
         self._images = images
         self._seed = seed
         self._accumulation_steps = accumulation_steps
@@ -70,13 +70,12 @@ class Pipeline:
             batch_size=config.batch_size,
             accumulation_steps=accumulation_steps,
         ).ravel()
-        self._reader = SampleReader(dataset, config, tokenizer, images)
-        self.measured = measure(
-            self._reader,
-            cache_dir=config.cache_dir,
-            overwrite_cache=config.overwrite_cache,
-            progress=progress,
+        reader = SampleReader(dataset, config, tokenizer, images)
+        measured = measure(
+            reader, cache_dir=config.cache_dir, overwrite_cache=config.overwrite_cache, progress=progress
         )
+        self._reader, self.measured = cut_documents(reader, measured)
+        self.dataset = dataset = self._reader.dataset
         problems = find_problems(dataset, self.measured)
         files = ", ".join(source.index.path for source in dataset.sources)
         require_sound(config, self.measured, problems, where=files)

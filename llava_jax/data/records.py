@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llava_jax.data.conversation import PLACEHOLDER
-from llava_jax.data.formats import LLAVA, Conversation, Format, json_type
+from llava_jax.data.formats import DOCUMENT, LLAVA, Conversation, Format, json_type
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.errors import DataError
 
@@ -19,8 +19,9 @@ VIDEO_PLACEHOLDER = "<video>"
 class Record:
     """One training sample.
 
-    `turns` are (role, text) with roles human, gpt, human, ... With several images every `<image>` in them is
-    the place of one, in the order of `images`; with a single image one turn has it, perhaps repeated.
+    `turns` are (role, text) with roles human, gpt, human, ..., or one of the role DOCUMENT. With several images every
+    `<image>` in them is the place of one, in the order of `images`; with a single image one turn has it, perhaps
+    repeated.
     """
 
     name: str  # for messages: "record 7 (id 'abc')", behind the name of its file if there are several
@@ -28,6 +29,11 @@ class Record:
     turns: tuple[tuple[str, str], ...]
     system: str | None = None  # in place of the template's
     is_frame: tuple[bool, ...] = ()  # for each image, whether it is from a video
+
+    @property
+    def document(self) -> str | None:
+        """The text of a record that is no conversation."""
+        return _document(self.turns)
 
 
 def parse_record(
@@ -76,10 +82,16 @@ def _sample_frames(video: str | tuple[str, ...], folder: ImageFolder, count: int
     return tuple(frames[position] for position in positions)
 
 
+def _document(turns: Sequence[tuple[str, str]]) -> str | None:
+    return turns[0][1] if turns and turns[0][0] == DOCUMENT else None
+
+
 def _arrange(
     said: Conversation, videos: list[tuple[str, ...]]
 ) -> tuple[tuple, tuple[str, ...], tuple[bool, ...]]:
     """-> turns in which frames have image placeholders, and images and frames in the order of these."""
+    if _document(said.turns) is not None:  # where "<image>" is text, too
+        return said.turns, (), ()
     _require_places(said)
     if not videos:  # then "<video>" is text, an element of HTML for example
         return said.turns, said.images, (False,) * len(said.images)

@@ -7,13 +7,20 @@ import numpy as np
 
 from llava_jax.config import DataConfig
 from llava_jax.data.batching import Sample
-from llava_jax.data.conversation import IMAGE_TOKEN, expand_images, tokenize, truncate
+from llava_jax.data.conversation import (
+    IGNORE,
+    IMAGE_TOKEN,
+    expand_images,
+    tokenize,
+    tokenize_document,
+    truncate,
+)
 from llava_jax.data.dataset import Dataset
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.records import Record
 from llava_jax.data.templates import get_template
-from llava_jax.data.tokenizer import Tokenizer
+from llava_jax.data.tokenizer import Tokenizer, require_tokens
 from llava_jax.errors import DataError
 
 
@@ -28,6 +35,7 @@ class Outline:
     num_images: int  # that are left after truncation
     num_tiles: int
     full_length: int  # tokens before truncation
+    num_pieces: int = 1  # that a document is cut into
 
 
 class SampleReader:
@@ -39,6 +47,8 @@ class SampleReader:
         self.tokenizer = tokenizer
         self.images = images
         self._template = get_template(config.template)
+        self._image_markers = images.model.use_im_start_end
+        require_tokens(tokenizer, images.model.extra_tokens)
 
     def settings(self) -> dict:
         """All that samples depend on, except for the image files: plain JSON data."""
@@ -51,6 +61,7 @@ class SampleReader:
             "max_length": config.max_length,
             "too_long": config.too_long,
             "images": self.images.settings(),
+            **({"image_markers": True} if self._image_markers else {}),
         }
 
     def outline(self, id: int) -> Outline:
@@ -60,6 +71,8 @@ class SampleReader:
         """
         record = self.dataset[id]
         try:
+            if record.document is not None:
+                return self._piece(record, self.dataset.piece(id))
             return self._outline(record, self.dataset.folder(id))
         except DataError as error:
             raise DataError(f"{record.name}: {error}") from error
@@ -81,6 +94,29 @@ class SampleReader:
         pixels = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *tiles])
         return Sample(outline.tokens, outline.labels, pixels, outline.feature_ids)
 
+    def _piece(self, record: Record, piece: int) -> Outline:
+        """A piece of a document. Each begins with the last token of the one before, so that all tokens are learnt."""
+        config = self.config
+        encoded = tokenize_document(record.document, self.tokenizer)
+        full_length = len(encoded.tokens)
+        self._require_short(full_length)
+        begin = piece * (config.max_length - 1)
+        tokens, labels = (
+            array[begin : begin + config.max_length].copy() for array in (encoded.tokens, encoded.labels)
+        )
+        labels[0] = IGNORE
+        feature_ids = np.zeros(len(tokens), np.int32) if config.image_aspect_ratio == "anyres" else None
+        num_pieces = -(-(full_length - 1) // (config.max_length - 1))
+        return Outline(record, tokens, labels, feature_ids, 0, 0, full_length, num_pieces)
+
+    def _require_short(self, length: int) -> None:
+        limit = self.config.max_length
+        if length > limit and self.config.too_long == "error":
+            raise DataError(
+                f"its {length} tokens exceed data.max_length={limit}; shorten it, raise that, or set "
+                "data.too_long='truncate'."
+            )
+
     def _outline(self, record: Record, folder: ImageFolder) -> Outline:
         config = self.config
         encoded = tokenize(
@@ -90,6 +126,7 @@ class SampleReader:
             num_images=len(record.images),
             mask=config.mask,
             max_length=config.max_length,
+            image_markers=self._image_markers,
             system=record.system,
         )
         layouts = [
@@ -98,11 +135,7 @@ class SampleReader:
         ]
         encoded = expand_images(encoded, [len(layout.feature_ids) for layout in layouts])
         full_length = len(encoded.tokens)
-        if full_length > config.max_length and config.too_long == "error":
-            raise DataError(
-                f"its {full_length} tokens exceed data.max_length={config.max_length}; shorten it, raise that, or "
-                "set data.too_long='truncate'."
-            )
+        self._require_short(full_length)
         # The original cuts wherever the limit falls.
         encoded, num_images = truncate(encoded, config.max_length, whole_turns=config.mask != "original")
         layouts = layouts[:num_images]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from llava_jax.data.tokenizer_model import SentencePieceTokenizer
@@ -42,10 +42,10 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str, extra_tokens: Sequence[str] = ()) -> Tokenizer:
     """Loads `tokenizer.model` or `tokenizer.json`, given as a file or as the directory that holds it.
 
-    A directory with both is read from tokenizer.model, as the original does. `extra_tokens` are special strings
-    to add behind the vocabulary. Settings are read from the tokenizer_config.json beside the file. For a
-    tokenizer.model without it, `legacy` is False, as in Vicuna v1.5; a file that does not say means True, as HF
-    reads it. Raises DataError for files that cannot be used.
+    A directory with both is read from tokenizer.model, as the original does. `extra_tokens` are special strings to
+    add behind the vocabulary; where the files beside it give ids to all of them, these hold. Settings are read from
+    the tokenizer_config.json beside the file. For a tokenizer.model without it, `legacy` is False, as in Vicuna
+    v1.5; a file that does not say means True, as HF reads it. Raises DataError for files that cannot be used.
     """
     file = _find(path)
     beside = os.path.dirname(file)
@@ -59,13 +59,35 @@ def load_tokenizer(path: str, extra_tokens: Sequence[str] = ()) -> Tokenizer:
 
         names = _read_object(os.path.join(beside, "special_tokens_map.json"))
         return JsonTokenizer(file, vocabulary, (names or {}) | (settings or {}), extra_tokens)
-    return SentencePieceTokenizer(
+    added = added_tokens(beside, settings or {})
+    if extra_tokens and added.keys() >= set(extra_tokens):
+        extra_tokens = list(added)[: 1 + max(list(added).index(token) for token in extra_tokens)]
+    tokenizer = SentencePieceTokenizer(
         file,
         vocabulary,
         legacy=settings is not None and settings.get("legacy") is not False,
         add_bos=settings is None or settings.get("add_bos_token") is not False,
         extra_tokens=extra_tokens,
     )
+    for token in extra_tokens:
+        if added.get(token) not in (None, tokenizer.special_id(token)):
+            raise DataError(
+                f"{beside}: gives {token} the id {added[token]}, but added tokens follow the {file} and each other, which "
+                f"makes it {tokenizer.special_id(token)}; correct added_tokens.json and tokenizer_config.json."
+            )
+    return tokenizer
+
+
+def added_tokens(directory: str, settings: Mapping[str, Any]) -> dict[str, int]:
+    """The tokens that a directory adds to its tokenizer.model, in the order of their ids.
+
+    settings: what its tokenizer_config.json says.
+    """
+    decoder = settings.get("added_tokens_decoder") or {}
+    ids = {token["content"]: int(id) for id, token in decoder.items()}
+    ids |= _read_object(os.path.join(directory, "added_tokens.json")) or {}
+    own = ("<unk>", "<s>", "</s>")  # which Llama's files list too
+    return {token: id for token, id in sorted(ids.items(), key=lambda item: item[1]) if token not in own}
 
 
 def require_room(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -73,8 +95,19 @@ def require_room(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"The tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, the model's embedding only "
-            f"model.text.vocab_size={vocab_size}; use the tokenizer that belongs to the decoder."
+            f"model.text.vocab_size={vocab_size}; use the tokenizer that belongs to the decoder, or add "
+            f"--config.model.text.vocab_size={tokenizer.vocab_size} for new rows, which start as the mean of the others."
         )
+
+
+def require_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+    """Raises ConfigError if one of the special tokens would be tokenized as ordinary text."""
+    for token in tokens:
+        if tokenizer.special_id(token) is None:
+            raise ConfigError(
+                f"The tokenizer {tokenizer.path} was loaded without {token}, which model.use_im_start_end or "
+                "model.use_im_patch_token asks for."
+            )
 
 
 def _find(path: str) -> str:

@@ -59,7 +59,7 @@ def find_workload(
     pipeline = Pipeline(
         config.data,
         dataset,
-        tokenizer=load_tokenizer(find_tokenizer(config.init)),
+        tokenizer=load_tokenizer(find_tokenizer(config.init), config.model.extra_tokens),
         images=ImageProcessor.from_config(config.data, config.model),
         seed=config.seed,
         accumulation_steps=config.train.accumulation_steps,
