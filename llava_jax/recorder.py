@@ -107,7 +107,7 @@ class Recorder:
             "data_wait": sum(done.data_wait for done in self.pending) / seconds,
             "seconds": seconds,
             **self.spent,
-            **self._utilisation(metrics, seconds),
+            **self._work_done(metrics, seconds),
             **memory_peak(),
         }
         self.spent.clear()
@@ -130,15 +130,13 @@ class Recorder:
         print(f"{self.stage or 'step'} {step}: {told}", flush=True)
         self.since = time.monotonic()
 
-    def _utilisation(self, metrics: list[dict], seconds: float) -> dict[str, float]:
-        """The share of what the devices can compute that the model's mathematics took, padding included."""
-        if not self.peak_flops:
-            return {}
+    def _work_done(self, metrics: list[dict], seconds: float) -> dict[str, float]:
+        """The FLOPs of the model's mathematics, padding included, and their share of what the devices can compute."""
         work = Work(0, 0, 0, 0)
         for done, values in zip(self.pending, metrics, strict=True):
             work += self._work(done.step, int(values["num_supervised_tokens"]))
         flops = sum(training_flops(self.config.model, self.config.tune, work).values())
-        return {"mfu": flops / (seconds * self.peak_flops)}
+        return {"flops": flops} | ({"mfu": flops / (seconds * self.peak_flops)} if self.peak_flops else {})
 
     def _work(self, step: int, num_supervised: int) -> Work:
         rows, (length, num_images) = self.config.data.batch_size, self.data.schedule.step_shape(step - 1)

@@ -29,6 +29,7 @@ from llava_jax.recorder import Recorder
 from llava_jax.results import evaluations, training_results, where_time_went
 from llava_jax.sharding import place_batch
 from llava_jax.step import TrainState
+from llava_jax.trainer_state import trainer_state, write_trainer_state
 from llava_jax.tuning import kernel_name, table
 from llava_jax.validation import Validation
 from llava_jax.watchdog import Watchdog
@@ -53,6 +54,22 @@ class Stage:
     def rows(self, log: MetricsLog) -> list[dict]:
         """What is logged of this stage."""
         return [row for row in log.rows() if row.get("stage", "") == self.name]
+
+    def write_state(
+        self, log: MetricsLog, step: int, validation: Validation, results: dict | None = None
+    ) -> None:
+        """Writes trainer_state.json as it is after `step`, with the results of a stage that has ended."""
+        best = validation.best()
+        state = trainer_state(
+            self.config,
+            [row for row in self.rows(log) if row["step"] <= step],
+            step=step,
+            num_steps=self.num_steps,
+            steps_per_epoch=self.pipeline.steps_per_epoch,
+            best=best and (*best, self.checkpoints / str(best[0])),
+            results=results,
+        )
+        write_trainer_state(log, self.name, state)
 
 
 def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog) -> dict[str, float]:
@@ -80,7 +97,9 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     finally:
         checkpoints.close()
         watchdog.close()
-    return _results(stage, stage.rows(log), spent)
+    results = _results(stage, stage.rows(log), spent)
+    stage.write_state(log, results["steps"], validation, results)
+    return results
 
 
 def _train(
@@ -122,6 +141,7 @@ def _train(
         trainable = load(weights, program.abstract_trainable(), jnp.float32, program.parameter_sharding)
         state = program.new_state(trainable)
     log.forget_after(stage.name, first_step)
+    stage.write_state(log, first_step, validation)
     loop.run(state, first_step)
     return dict(recorder.spent)
 
@@ -234,6 +254,7 @@ class Loop:
             self.checkpoints.save(state, meta, whole=whole)
             if stop or ended:
                 self.checkpoints.finish()
+        self.stage.write_state(self.recorder.log, step, self.validation)
 
     def _best(self, step: int) -> int:
         """The step whose parameters the stage ends with."""

@@ -86,6 +86,12 @@ class Validation:
 
         return sorted(sorted(self.history), key=badness)
 
+    def best(self) -> tuple[int, float | None] | None:
+        """The best evaluated step and its figure; None: nothing has been evaluated."""
+        for step in self.ranking()[:1]:
+            return step, self.history[step].get(self.config.metric_for_best_model)
+        return None
+
     def has_stalled(self) -> bool:
         """Whether the last early_stopping_patience evaluations were all no better than one before them."""
         patience = self.config.early_stopping_patience

@@ -135,6 +135,12 @@ def test_stages_follow_each_other_and_a_finished_recipe_is_not_trained_again(
         ("finetune", 1),
         ("finetune", 2),
     ]
+    states = [
+        json.loads((tmp_path / name).read_text())
+        for name in ("trainer_state_pretrain.json", "trainer_state_finetune.json", "trainer_state.json")
+    ]
+    assert [[row["step"] for row in state["log_history"]] for state in states] == [[1, 2, 2]] * 3
+    assert states[0] != states[1] == states[2]
     first, second = parameters(tmp_path, "pretrain"), parameters(tmp_path, "finetune")
     assert first.keys() < second.keys()
     assert not np.array_equal(

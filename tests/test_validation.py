@@ -6,6 +6,8 @@ import math
 import jax
 import numpy as np
 import pytest
+from transformers import TrainerState
+from transformers.modelcard import parse_log_history
 
 from llava_jax import stage as stage_module
 from llava_jax import trainer
@@ -110,11 +112,14 @@ def test_a_stage_that_stalls_ends_with_its_best_parameters_also_when_it_is_conti
     )
     recipe = parse(tiny_recipe)
     run_until_saved(recipe, tmp_path, monkeypatch, step=3)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert (state["global_step"], state["best_global_step"], len(state["log_history"])) == (2, 2, 4)
     assert saved_steps(tmp_path / "checkpoints") == [2, 3]  # the best beside the newest
     best = parameters_of(tmp_path, 2)
     trainer.run(recipe, tmp_path)
     assert worse_every_time == [1, 2, 3, 4]
     assert [row["step"] for row in metrics(tmp_path) if "eval_loss" in row] == [1, 2, 3, 4]
+    check_trainer_state(tmp_path)
     assert saved_steps(tmp_path / "checkpoints") == [2, 4]
     last = parameters(tmp_path)
     assert all(np.array_equal(last[name], value) for name, value in best.items())
@@ -122,6 +127,23 @@ def test_a_stage_that_stalls_ends_with_its_best_parameters_also_when_it_is_conti
     assert (results["steps"], results["best_step"], results["eval_loss"]) == (4, 2, 1.0)
     trainer.run(recipe, tmp_path)  # has ended
     assert worse_every_time == [1, 2, 3, 4]
+
+
+def check_trainer_state(workdir) -> None:
+    """The history is that of metrics.jsonl, whatever was interrupted, and transformers makes sense of it."""
+    state = TrainerState.load_from_json(str(workdir / "trainer_state.json"))
+    *history, summary = state.log_history
+    assert [{k: v for k, v in row.items() if k != "epoch"} for row in history] == [
+        {key: value for key, value in row.items() if key != "epoch"} for row in metrics(workdir)
+    ]
+    results = json.loads((workdir / "train_results.json").read_text())
+    assert summary["train_loss"] == results["train_loss"] and summary["step"] == 4
+    assert state.total_flos == results["total_flos"] > 1e6
+    assert (state.global_step, state.best_global_step, state.best_metric) == (4, 2, 1.0)
+    assert state.best_model_checkpoint == str(workdir / "checkpoints/2")
+    _, lines, evaluated = parse_log_history(state.log_history)
+    assert [line["Validation Loss"] for line in lines] == [3.0, 1.0, 2.0, 2.5]
+    assert evaluated["Loss"] == 2.5
 
 
 def parameters_of(workdir, step: int) -> dict:
