@@ -702,15 +702,19 @@ class ShardingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Questions answered by generation after the last stage; none when `path` is empty."""
+    """What is answered by generation: questions of a file after the last stage, none when `path` is empty; and what
+    data.val_size, data.eval_path or data.eval_dataset keep out of training, the last answer of each sample."""
 
     path: str = ""  # JSONL: question_id, image, text, answer, kind
     image_folder: str = ""
     batch_size: int = 64
     max_new_tokens: int = 32
     blind: bool = False  # ask again with another question's image
+    samples: int = 0  # so many of each evaluation set are answered at every evaluation, to look at
+    predict_with_generate: bool = False  # the last stage's evaluation sets are answered when it has ended
 
     def __post_init__(self):
+        require(self.samples >= 0, f"evaluate.samples={self.samples} must not be negative.")
         require(self.batch_size > 0, f"evaluate.batch_size={self.batch_size} must be positive.")
         require(self.max_new_tokens > 0, f"evaluate.max_new_tokens={self.max_new_tokens} must be positive.")
 
@@ -771,11 +775,6 @@ class Config:
         require(
             self.train.eval_steps is None or bool(self.data.val_size or self.data.eval_path),
             "train.eval_steps is set, but there is nothing to evaluate on; set data.val_size or data.eval_path.",
-        )
-        require(
-            self.optimizer.ema_decay is None or not self.train.load_best_model_at_end,
-            "optimizer.ema_decay ends a stage with averaged parameters, train.load_best_model_at_end with those of a "
-            "checkpoint, which are no averages; drop one.",
         )
         self._check_what_trains()
 

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from llava_jax.tuning import learning_rates
 from llava_jax.watchdog import Watchdog
 
 _SAMPLES_NAMED = 32
+_ANSWERS_SHOWN, _CHARACTERS_SHOWN = 3, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,13 @@ class Recorder:
         self.progress.show(row)
         self._tell_bad_samples()
 
-    def log_evaluation(self, step: int, figures: dict[str, float | None]) -> None:
-        """Logs an evaluation on data that is kept out of training; its time counts for no other row."""
+    def log_evaluation(
+        self, step: int, figures: dict[str, float | None], answers: Sequence[dict] = ()
+    ) -> None:
+        """Logs an evaluation on data that is kept out of training; its time counts for no other row.
+
+        answers: what the model said to some questions, as `AnswerSamples.answer` gives it; a few are shown.
+        """
         row = {"stage": self.stage} if self.stage else {}
         self.log.append(row | {"step": step} | figures)
         told = ", ".join(
@@ -128,6 +134,12 @@ class Recorder:
             if name != "eval_runtime"
         )
         print(f"{self.stage or 'step'} {step}: {told}", flush=True)
+        for answer in answers[:_ANSWERS_SHOWN]:
+            asked, label, said = (_shortened(answer[key]) for key in ("asked", "label", "predict"))
+            print(f"  {asked} -> {said} (expected {label})", flush=True)
+        if answers:
+            for reporter in self.log.reporters:
+                reporter.append_answers(step, answers)
         self.since = time.monotonic()
 
     def _work_done(self, metrics: list[dict], seconds: float) -> dict[str, float]:
@@ -196,3 +208,8 @@ class Recorder:
 def _mean(metrics: list[dict], key: str) -> float | None:
     """None if there is nothing to take the mean of, which JSON can say and of NaN it cannot."""
     return float(np.mean([values[key] for values in metrics])) if metrics else None
+
+
+def _shortened(text: str) -> str:
+    """`text` in quotes, on one line whatever it holds."""
+    return repr(text if len(text) <= _CHARACTERS_SHOWN else f"{text[:_CHARACTERS_SHOWN]}...")

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.agreement import Agreement
+from llava_jax.answer_samples import AnswerSamples
 from llava_jax.checkpoint import Checkpoints, read_meta, saved_steps, step_of
 from llava_jax.config import Config
 from llava_jax.convert.source import ModelSource
@@ -45,6 +46,7 @@ class Stage:
     pipeline: Pipeline
     evaluations: dict[str, Pipeline]  # data that is kept out of training, by name
     checkpoints: Path
+    samples: AnswerSamples | None = None  # asked at every evaluation
 
     @property
     def num_steps(self) -> int:
@@ -141,6 +143,8 @@ def _train(
         trainable = load(weights, program.abstract_trainable(), jnp.float32, program.parameter_sharding)
         state = program.new_state(trainable)
     log.forget_after(stage.name, first_step)
+    if stage.samples:
+        stage.samples.forget_after(first_step)
     stage.write_state(log, first_step, validation)
     loop.run(state, first_step)
     return dict(recorder.spent)
@@ -188,9 +192,15 @@ class Loop:
 
     def evaluate(self, step: int, trainable: dict[str, jax.Array]) -> None:
         """Evaluates the parameters after a step, logs it and says which checkpoint is worth keeping."""
-        parameters = trainable | self.frozen
-        figures = self.validation.measure(step, self.program, parameters, self.checkpoints.watchdog)
-        self.recorder.log_evaluation(step, figures)
+        parameters, watchdog = trainable | self.frozen, self.checkpoints.watchdog
+        since = time.monotonic()
+        figures = self.validation.measure(step, self.program, parameters, watchdog)
+        answers = []
+        if self.stage.samples:
+            with watchdog.waiting(f"answers after step {step:,}"):
+                answers = self.stage.samples.answer(step, parameters, self.program.mesh)
+        figures |= {"eval_runtime": time.monotonic() - since}
+        self.recorder.log_evaluation(step, figures, answers)
         if self.keeps_best:
             self.checkpoints.ranking = self.validation.ranking()
 
@@ -244,8 +254,9 @@ class Loop:
         """Saves the state after a step. The stage's last one is waited for, and has the best parameters if asked."""
         meta = self.meta | {"step": step}
         with self.recorder.spending("checkpoint"):
+            if not stop and (ended or self.stage.config.checkpoint.save_only_model):
+                state = _averaged(state)  # nothing is trained further from here
             if ended and not stop:
-                state = _averaged(state)
                 best = self._best(step)
                 meta["evaluated_as"] = best
                 state = self._with_parameters_of(best, step, state)
@@ -277,8 +288,11 @@ class Loop:
             f"{self.validation.history[best][metric]:.4f} is the best.",
             flush=True,
         )
-        path = self.checkpoints.directory / str(best)
-        trainable = self.checkpoints.restore_parameters(path, self.program.abstract_trainable())
+        path, abstract = self.checkpoints.directory / str(best), self.program.abstract_state()
+        if averaged_parameters(state.opt_state) is not None and read_meta(path)["optimizer"]:
+            trainable = self.checkpoints.restore_average(path, abstract)  # which was evaluated
+        else:
+            trainable = self.checkpoints.restore_parameters(path, abstract.trainable)
         return dataclasses.replace(state, trainable=trainable)
 
     @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Losses on data that is kept out of training: when they are due, what they are, and which step's are the best."""
 
 import math
-import time
 from collections.abc import Iterable
 
 import jax
@@ -66,14 +65,13 @@ class Validation:
     def measure(self, step: int, program: Program, parameters: dict, watchdog: Watchdog) -> dict:
         """Evaluates all of the model's parameters, those after `step`; returns the figures and remembers them."""
         self.eval_step = self.eval_step or program.eval_step()
-        since = time.monotonic()
         sums = {name: self._sums(name, program, parameters, watchdog) for name in self.data}
         figures = summarize(*map(sum, zip(*sums.values(), strict=True)))
         for name, own in sums.items():
             if name:
                 figures |= summarize(*own, prefix=f"eval_{name}_")
         self.history[step] = figures
-        return figures | {"eval_runtime": time.monotonic() - since}
+        return dict(figures)
 
     def ranking(self) -> list[int]:
         """The evaluated steps, best first; of equals the earliest."""

@@ -43,6 +43,7 @@ FLOORS = (
         "metrics",
         "reporting",
         "results",
+        "scores",
         "commands",
         "interruption",
         "watchdog",
@@ -52,7 +53,7 @@ FLOORS = (
     ),
     ("kernels", "sharding", "processes", "agreement", "compiler"),
     ("models", "data", "optimizer", "optimizers"),
-    ("convert", "step", "recorder", "memory_peak", "profiling", "quickstart"),
+    ("convert", "step", "recorder", "memory_peak", "profiling", "quickstart", "answers_page"),
     ("checkpoint", "saved_parameters", "program", "starting_adapters", "tuned_weights"),
     ("weights",),
     (
@@ -63,9 +64,10 @@ FLOORS = (
         "run_directory",
         "trainer_state",
         "validation",
-        "stage",
     ),
     ("evaluation",),
+    ("answer_samples", "stage"),
+    ("final_evaluation",),
     ("trainer",),
     COMMANDS,
 )
