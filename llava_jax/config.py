@@ -201,6 +201,7 @@ class DataConfig:
     max_samples: int | None = None  # of each file, its first
     val_size: float = 0.0  # kept out of training for evaluation: a share if below 1, else a count
     eval_path: str = ""  # or files of their own to evaluate on; NAME=FILE,NAME=FILE are sets told apart
+    eval_dataset: str = ""  # or names of dataset_info.json; NAME=DATASET,NAME=DATASET are sets told apart
     on_bad_sample: str = "error"  # or "skip": another takes its place, and the run tells which
     max_bad_share: float = 0.01  # with "skip", more bad samples than this are an error
 
@@ -232,10 +233,9 @@ class DataConfig:
             not (self.path and self.dataset),
             f"data.path={self.path!r} and data.dataset={self.dataset!r} both say what to read; set one.",
         )
-        require(
-            not (self.val_size and self.eval_path),
-            f"data.val_size={self.val_size:g} and data.eval_path={self.eval_path!r} both say what to evaluate on; set one.",
-        )
+        held_out = {key: getattr(self, key) for key in ("val_size", "eval_path", "eval_dataset")}
+        given = [f"data.{key}={value!r}" for key, value in held_out.items() if value]
+        require(len(given) < 2, f"{' and '.join(given)} say what to evaluate on; set one.")
         require(
             0 <= self.val_size < math.inf and (self.val_size < 1 or self.val_size == int(self.val_size)),
             f"data.val_size={self.val_size:g} must be a share below 1 or a whole number of samples.",
@@ -283,6 +283,11 @@ class DataConfig:
             f"data.row_length={self.row_length} must hold the longest sample, data.max_length={self.max_length}.",
         )
         require(self.num_threads >= 0, f"data.num_threads={self.num_threads} must not be negative.")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether anything is kept out of training to evaluate on."""
+        return bool(self.val_size or self.eval_path or self.eval_dataset)
 
 
 def refuse_switch(key: str, value) -> None:
@@ -570,7 +575,7 @@ class TrainConfig:
     log_steps: int = 10
     report_to: str = "none"  # besides metrics.jsonl: tensorboard, wandb, or both with a comma between
     profile_steps: str = ""  # "10:13" traces the steps 10, 11 and 12 with jax.profiler
-    # Evaluation on what data.val_size or data.eval_path keeps out of training; the last step is always evaluated.
+    # Evaluation on what data.val_size and its like keep out of training; the last step is always evaluated.
     eval_steps: float | None = None  # from one to the next; below 1: a share of the stage's steps
     load_best_model_at_end: bool = False  # the stage ends with the parameters of its best evaluation
     metric_for_best_model: str = "eval_loss"  # with named sets also eval_NAME_loss and so on
@@ -773,8 +778,9 @@ class Config:
             "leaves room for; raise data.max_length.",
         )
         require(
-            self.train.eval_steps is None or bool(self.data.val_size or self.data.eval_path),
-            "train.eval_steps is set, but there is nothing to evaluate on; set data.val_size or data.eval_path.",
+            self.train.eval_steps is None or self.data.evaluates,
+            "train.eval_steps is set, but there is nothing to evaluate on; set data.val_size, data.eval_path or "
+            "data.eval_dataset.",
         )
         self._check_what_trains()
 

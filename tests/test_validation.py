@@ -73,7 +73,7 @@ def test_each_interval_and_the_last_step_are_due_once():
     ("changes", "message"),
     [
         ({"eval_steps": 0.0}, "train.eval_steps=0.0 is a number of steps, or a share"),
-        ({"eval_steps": 2.0}, "there is nothing to evaluate on; set data.val_size or data.eval_path"),
+        ({"eval_steps": 2.0}, "there is nothing to evaluate on; set data.val_size, data.eval_path"),
         ({"load_best_model_at_end": True}, "compare evaluations; set train.eval_steps"),
         ({"metric_for_best_model": "eval_seen_loss"}, "nothing asks; set train.load_best_model_at_end"),
         ({"metric_for_best_model": "loss"}, "is not eval_loss, eval_perplexity or eval_token_accuracy"),
