@@ -16,6 +16,7 @@ from llava_jax.config import Config
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.questions import Question, make_questions
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import ConfigError, DataError
 from llava_jax.evaluation import ask, compared
@@ -103,7 +104,7 @@ class AnswerSamples:
             questions, wrong = make_questions(
                 data.dataset,
                 [id],
-                self.config.data,
+                get_template(self.config.data.template),
                 self.tokenizer,
                 self.processor,
                 max_length=positions - asked.max_new_tokens,

@@ -1,7 +1,7 @@
 """Questions and evaluation sets answered by generation, and how right the answers are."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,10 +10,11 @@ import numpy as np
 from llava_jax.config import Config, EvaluateConfig
 from llava_jax.data.batching import bucket_images, bucket_length
 from llava_jax.data.conversation import render_prompt
+from llava_jax.data.dataset import Dataset
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.images import load_image
-from llava_jax.data.questions import Question
+from llava_jax.data.questions import Question, make_questions
 from llava_jax.data.records import raise_problems
 from llava_jax.data.templates import Template, get_template
 from llava_jax.data.tokenizer import Tokenizer
@@ -93,6 +94,25 @@ def evaluate(generator: Generator, config: EvaluateConfig) -> tuple[dict[str, fl
         answered = [row | {"blind_prediction": said} for row, said in zip(answered, blind, strict=True)]
         results |= _accuracies(answered, "blind_prediction", "eval_accuracy_blind")
     return results, answered
+
+
+def find_questions(
+    generator: Generator, dataset: Dataset, ids: Collection[int], config: EvaluateConfig
+) -> list[Question]:
+    """What samples of a dataset ask; says how many of them cannot be asked."""
+    questions, problems = make_questions(
+        dataset,
+        ids,
+        generator.template,
+        generator.tokenizer,
+        generator.image_processor,
+        max_length=generator.config.text.max_position_embeddings - config.max_new_tokens,
+    )
+    if problems:
+        print(
+            f"{len(problems):,} of {len(ids):,} samples are not asked; the first: {problems[0]}", flush=True
+        )
+    return questions
 
 
 def predict(

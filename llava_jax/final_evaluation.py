@@ -7,11 +7,9 @@ from jax.sharding import Mesh
 from llava_jax import report
 from llava_jax.answer_samples import usable_samples
 from llava_jax.convert.source import ModelSource
-from llava_jax.data.image_processor import ImageProcessor
-from llava_jax.data.questions import Question, make_questions
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import ConfigError
-from llava_jax.evaluation import check_questions, draw_samples, evaluate, predict
+from llava_jax.evaluation import check_questions, draw_samples, evaluate, find_questions, predict
 from llava_jax.generation import open_generator
 from llava_jax.processes import is_first
 from llava_jax.stage import Stage
@@ -43,7 +41,10 @@ def answer_at_end(
     )
     results = {}
     if asked.predict_with_generate:
-        questions = _questions(stage, tokenizer, generator.image_processor)
+        questions = {
+            name: find_questions(generator, data.dataset, usable_samples(data).tolist(), asked)
+            for name, data in stage.evaluations.items()
+        }
         results, predictions = predict(generator, questions, asked)
         if is_first():
             report.write_evaluation(workdir, results, predictions, "generated_predictions.jsonl")
@@ -54,20 +55,3 @@ def answer_at_end(
             report.write_evaluation(workdir, evaluation, answered, "predictions.jsonl")
             draw_samples(answered, asked.image_folder, workdir / "samples.png")
     print("\n".join(f"{name:<28} {value:.4g}" for name, value in results.items()), flush=True)
-
-
-def _questions(stage: Stage, tokenizer: Tokenizer, processor: ImageProcessor) -> dict[str, list[Question]]:
-    """What the stage's evaluation sets ask, by name; says how many of their samples cannot be asked."""
-    config, questions = stage.config, {}
-    room = config.model.text.max_position_embeddings - config.evaluate.max_new_tokens
-    for name, data in stage.evaluations.items():
-        ids = usable_samples(data).tolist()
-        questions[name], problems = make_questions(
-            data.dataset, ids, config.data, tokenizer, processor, max_length=room
-        )
-        if problems:
-            print(
-                f"{len(problems):,} of {len(ids):,} samples are not asked; the first: {problems[0]}",
-                flush=True,
-            )
-    return questions

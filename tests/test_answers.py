@@ -20,6 +20,7 @@ from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.questions import make_questions
+from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.errors import DataError
 from llava_jax.evaluation import ask, predict
@@ -68,7 +69,9 @@ def questions_of(config: DataConfig, model, tokenizer_path, max_length=200):
     processor = ImageProcessor.from_config(config, model)
     tokenizer = load_tokenizer(tokenizer_path)
     ids = range(len(dataset))
-    return make_questions(dataset, ids, config, tokenizer, processor, max_length=max_length), tokenizer
+    return make_questions(
+        dataset, ids, get_template("v1"), tokenizer, processor, max_length=max_length
+    ), tokenizer
 
 
 def test_the_last_answer_is_asked_for_after_the_tokens_that_training_has_there(

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from llava_jax.config import DataConfig
 from llava_jax.data.conversation import IGNORE, PLACEHOLDER, render, tokenize
 from llava_jax.data.dataset import Dataset
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor
 from llava_jax.data.records import Record
-from llava_jax.data.templates import get_template
+from llava_jax.data.templates import Template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 
@@ -51,7 +50,7 @@ class Question:
 def make_questions(
     dataset: Dataset,
     ids: Iterable[int],
-    config: DataConfig,
+    template: Template,
     tokenizer: Tokenizer,
     processor: ImageProcessor,
     *,
@@ -64,7 +63,7 @@ def make_questions(
     questions, problems = [], []
     for id in ids:
         try:
-            questions.append(_ask(dataset, id, config, tokenizer, processor, max_length))
+            questions.append(_ask(dataset, id, template, tokenizer, processor, max_length))
         except DataError as error:
             problems.append(str(error))
     return questions, problems
@@ -73,7 +72,7 @@ def make_questions(
 def _ask(
     dataset: Dataset,
     id: int,
-    config: DataConfig,
+    template: Template,
     tokenizer: Tokenizer,
     processor: ImageProcessor,
     max_length: int,
@@ -83,7 +82,7 @@ def _ask(
     try:
         files = tuple(map(folder.locate, record.images))
         for answer in reversed(answers):
-            question = _question(record, record.turns[: answer + 1], files, config, tokenizer, processor)
+            question = _question(record, record.turns[: answer + 1], files, template, tokenizer, processor)
             if question.length <= max_length:
                 return question
         raise DataError(
@@ -99,14 +98,13 @@ def _question(
     record: Record,
     turns: Sequence[tuple[str, str]],
     files: tuple[str, ...],
-    config: DataConfig,
+    template: Template,
     tokenizer: Tokenizer,
     processor: ImageProcessor,
 ) -> Question:
     """Asks for the answer in the last of `turns`, with the tokens that training has in front of it."""
     num_images = sum(text.count(PLACEHOLDER) for _, text in turns)
     num_images = min(num_images, len(files))  # of a single image a turn may have several placeholders
-    template = get_template(config.template)
     how = dict(num_images=num_images, system=record.system)
     encoded = tokenize(turns, template, tokenizer, mask="last_answer", **how)
     spans = render(turns, template, **how)
