@@ -260,7 +260,8 @@ TABLE: dict[str, dict[str, Counterpart]] = {
     },
     "Code": {
         "BaseTrainingRecipe": _none(
-            "a recipe is a file in configs/; llava_jax.recipe.Recipe is what it becomes"
+            "a recipe is a file in configs/, and llava_jax.recipe.Recipe what it becomes; "
+            "docs/conversion.md says where its parts went"
         ),
         "common": _is("tune.language_model", note='"full"'),
         "lora": _is("tune.language_model", note='"lora"'),
