@@ -15,7 +15,7 @@ from llava_jax.answers_page import to_page
 from llava_jax.config import Config
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.questions import Question, make_questions
+from llava_jax.data.questions import Question, make_questions, readable
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import ConfigError, DataError
@@ -109,8 +109,9 @@ class AnswerSamples:
                 self.processor,
                 max_length=positions - asked.max_new_tokens,
             )
-            chosen += [question for question in questions if self._is_readable(question, wrong)]
-            problems += wrong
+            questions, unreadable = readable(questions, self.processor)
+            chosen += questions
+            problems += wrong + unreadable
             if len(chosen) == asked.samples:
                 break
         if not chosen:
@@ -119,14 +120,6 @@ class AnswerSamples:
                 f"{problems[0]}"
             )
         return chosen
-
-    def _is_readable(self, question: Question, problems: list[str]) -> bool:
-        try:
-            question.read(self.processor)
-        except DataError as error:
-            problems.append(str(error))
-            return False
-        return True
 
 
 def _in_order_of_choice(data: Pipeline, count: int) -> list[int]:
@@ -140,7 +133,6 @@ def _in_order_of_choice(data: Pipeline, count: int) -> list[int]:
 
 
 def usable_samples(data: Pipeline) -> np.ndarray:
-    """The ids of a set's samples, without those that turned out to be unusable: int64[n], ascending."""
+    """The ids of a set's samples that its batches hold: int64[n], ascending."""
     rows = [row for step in range(data.steps_per_epoch) for row in data.step_rows(step)]
-    bad = [row["sample"] for row in data.bad_samples.report()]
-    return np.setdiff1d(np.concatenate(rows), bad)
+    return np.unique(np.concatenate(rows))

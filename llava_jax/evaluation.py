@@ -14,7 +14,7 @@ from llava_jax.data.dataset import Dataset
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.images import load_image
-from llava_jax.data.questions import Question, make_questions
+from llava_jax.data.questions import Question, make_questions, readable
 from llava_jax.data.records import raise_problems
 from llava_jax.data.templates import Template, get_template
 from llava_jax.data.tokenizer import Tokenizer
@@ -97,9 +97,14 @@ def evaluate(generator: Generator, config: EvaluateConfig) -> tuple[dict[str, fl
 
 
 def find_questions(
-    generator: Generator, dataset: Dataset, ids: Collection[int], config: EvaluateConfig
+    generator: Generator,
+    dataset: Dataset,
+    ids: Collection[int],
+    config: EvaluateConfig,
+    *,
+    skip_unreadable: bool = False,
 ) -> list[Question]:
-    """What samples of a dataset ask; says how many of them cannot be asked."""
+    """What samples of a dataset ask; says how many of them cannot be asked. `skip_unreadable` reads their images too."""
     questions, problems = make_questions(
         dataset,
         ids,
@@ -108,6 +113,9 @@ def find_questions(
         generator.image_processor,
         max_length=generator.config.text.max_position_embeddings - config.max_new_tokens,
     )
+    if skip_unreadable:
+        questions, unreadable = readable(questions, generator.image_processor)
+        problems += unreadable
     if problems:
         print(
             f"{len(problems):,} of {len(ids):,} samples are not asked; the first: {problems[0]}", flush=True

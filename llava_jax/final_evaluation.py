@@ -41,8 +41,11 @@ def answer_at_end(
     )
     results = {}
     if asked.predict_with_generate:
+        skip = config.data.on_bad_sample == "skip"
         questions = {
-            name: find_questions(generator, data.dataset, usable_samples(data).tolist(), asked)
+            name: find_questions(
+                generator, data.dataset, usable_samples(data).tolist(), asked, skip_unreadable=skip
+            )
             for name, data in stage.evaluations.items()
         }
         results, predictions = predict(generator, questions, asked)

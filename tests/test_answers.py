@@ -19,7 +19,7 @@ from llava_jax.data.conversation import IMAGE_TOKEN
 from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.questions import make_questions
+from llava_jax.data.questions import make_questions, readable
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.errors import DataError
@@ -110,6 +110,11 @@ def test_where_the_last_answer_finds_no_room_the_one_before_is_asked_for(
     config = dataclasses.replace(tiny_config.data, path=path, image_folder=str(tmp_path / "images"))
     (questions, _), _ = questions_of(config, tiny_config.model, f"{shapes_dataset}/tokenizer.model")
     assert [question.reference for question in questions] == ["A ring."]
+    processor = ImageProcessor.from_config(config, tiny_config.model)
+    assert readable(questions, processor) == (questions, [])
+    (tmp_path / "images/a.png").write_bytes(b"no picture")
+    kept, problems = readable(questions, processor)
+    assert kept == [] and problems[0].startswith("record 0: ") and "a.png" in problems[0]
 
 
 class Fake:

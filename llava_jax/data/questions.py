@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -67,6 +68,22 @@ def make_questions(
         except DataError as error:
             problems.append(str(error))
     return questions, problems
+
+
+def readable(questions: Sequence[Question], processor: ImageProcessor) -> tuple[list[Question], list[str]]:
+    """Reads all images -> the questions whose images can be read, and what is wrong with the others."""
+
+    def problem(question: Question) -> str | None:
+        try:
+            question.read(processor)
+        except DataError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(problem, questions))
+    kept = [question for question, wrong in zip(questions, found, strict=True) if wrong is None]
+    return kept, [wrong for wrong in found if wrong is not None]
 
 
 def _ask(
