@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from llava_jax.config import CheckpointConfig
 from llava_jax.digests import find_damage, write_digests
 from llava_jax.errors import CheckpointError, HangError
+from llava_jax.optimizers.averaging import AverageState
 from llava_jax.processes import exchange
 from llava_jax.saved_parameters import save_args
 from llava_jax.step import TrainState
@@ -155,11 +156,22 @@ class Checkpoints:
 
     def restore_parameters(self, path: Path, abstract_trainable: dict) -> dict[str, jax.Array]:
         """Reads the trained parameters alone."""
-        item = {"trainable": abstract_trainable}
+        return self._restore_part(path, {"trainable": abstract_trainable})["trainable"]
+
+    def restore_average(self, path: Path, abstract_state: TrainState) -> dict[str, jax.Array]:
+        """Reads the moving average of the trained parameters alone, laid out as these are."""
+        item = [
+            {"average": abstract_state.trainable} if isinstance(part, AverageState) else None
+            for part in abstract_state.opt_state
+        ]
+        (found,) = filter(None, self._restore_part(path, {"opt_state": item})["opt_state"])
+        return found["average"]
+
+    def _restore_part(self, path: Path, item: dict) -> dict:
         args = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        return self._restore(path, ocp.PyTreeCheckpointHandler(), args)["trainable"]
+        return self._restore(path, ocp.PyTreeCheckpointHandler(), args)
 
     def _restore(self, path: Path, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> dict:
         try:

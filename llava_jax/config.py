@@ -216,6 +216,7 @@ class DataConfig:
     max_samples: int | None = None  # of each file, its first
     val_size: float = 0.0  # kept out of training for evaluation: a share if below 1, else a count
     eval_path: str = ""  # or files of their own to evaluate on; NAME=FILE,NAME=FILE are sets told apart
+    eval_dataset: str = ""  # or names of dataset_info.json; NAME=DATASET,NAME=DATASET are sets told apart
     on_bad_sample: str = "error"  # or "skip": another takes its place, and the run tells which
     max_bad_share: float = 0.01  # with "skip", more bad samples than this are an error
 
@@ -247,10 +248,9 @@ class DataConfig:
             not (self.path and self.dataset),
             f"data.path={self.path!r} and data.dataset={self.dataset!r} both say what to read; set one.",
         )
-        require(
-            not (self.val_size and self.eval_path),
-            f"data.val_size={self.val_size:g} and data.eval_path={self.eval_path!r} both say what to evaluate on; set one.",
-        )
+        held_out = {key: getattr(self, key) for key in ("val_size", "eval_path", "eval_dataset")}
+        given = [f"data.{key}={value!r}" for key, value in held_out.items() if value]
+        require(len(given) < 2, f"{' and '.join(given)} say what to evaluate on; set one.")
         require(
             0 <= self.val_size < math.inf and (self.val_size < 1 or self.val_size == int(self.val_size)),
             f"data.val_size={self.val_size:g} must be a share below 1 or a whole number of samples.",
@@ -298,6 +298,11 @@ class DataConfig:
             f"data.row_length={self.row_length} must hold the longest sample, data.max_length={self.max_length}.",
         )
         require(self.num_threads >= 0, f"data.num_threads={self.num_threads} must not be negative.")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether anything is kept out of training to evaluate on."""
+        return bool(self.val_size or self.eval_path or self.eval_dataset)
 
 
 def refuse_switch(key: str, value) -> None:
@@ -585,7 +590,7 @@ class TrainConfig:
     log_steps: int = 10
     report_to: str = "none"  # besides metrics.jsonl: tensorboard, wandb, or both with a comma between
     profile_steps: str = ""  # "10:13" traces the steps 10, 11 and 12 with jax.profiler
-    # Evaluation on what data.val_size or data.eval_path keeps out of training; the last step is always evaluated.
+    # Evaluation on what data.val_size and its like keep out of training; the last step is always evaluated.
     eval_steps: float | None = None  # from one to the next; below 1: a share of the stage's steps
     load_best_model_at_end: bool = False  # the stage ends with the parameters of its best evaluation
     metric_for_best_model: str = "eval_loss"  # with named sets also eval_NAME_loss and so on
@@ -717,15 +722,19 @@ class ShardingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Questions answered by generation after the last stage; none when `path` is empty."""
+    """What is answered by generation: questions of a file after the last stage, none when `path` is empty; and what
+    data.val_size, data.eval_path or data.eval_dataset keep out of training, the last answer of each sample."""
 
     path: str = ""  # JSONL: question_id, image, text, answer, kind
     image_folder: str = ""
     batch_size: int = 64
     max_new_tokens: int = 32
     blind: bool = False  # ask again with another question's image
+    samples: int = 0  # so many of each evaluation set are answered at every evaluation, to look at
+    predict_with_generate: bool = False  # the last stage's evaluation sets are answered when it has ended
 
     def __post_init__(self):
+        require(self.samples >= 0, f"evaluate.samples={self.samples} must not be negative.")
         require(self.batch_size > 0, f"evaluate.batch_size={self.batch_size} must be positive.")
         require(self.max_new_tokens > 0, f"evaluate.max_new_tokens={self.max_new_tokens} must be positive.")
 
@@ -785,13 +794,9 @@ class Config:
             "leaves room for; raise data.max_length.",
         )
         require(
-            self.train.eval_steps is None or bool(self.data.val_size or self.data.eval_path),
-            "train.eval_steps is set, but there is nothing to evaluate on; set data.val_size or data.eval_path.",
-        )
-        require(
-            self.optimizer.ema_decay is None or not self.train.load_best_model_at_end,
-            "optimizer.ema_decay ends a stage with averaged parameters, train.load_best_model_at_end with those of a "
-            "checkpoint, which are no averages; drop one.",
+            self.train.eval_steps is None or self.data.evaluates,
+            "train.eval_steps is set, but there is nothing to evaluate on; set data.val_size, data.eval_path or "
+            "data.eval_dataset.",
         )
         self._check_what_trains()
 

@@ -3,13 +3,15 @@
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
-from llava_jax.config import MeshConfig, ModelConfig
+from llava_jax.config import DataConfig, MeshConfig, ModelConfig
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.conversation import IMAGE_TOKEN, render_prompt
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
@@ -19,7 +21,7 @@ from llava_jax.errors import ConfigError
 from llava_jax.models.llama import Cache
 from llava_jax.sharding import make_mesh, parameter_sharding, replicated
 from llava_jax.step import abstract_model, bind
-from llava_jax.weights import load, open_any
+from llava_jax.weights import load, open_any, run_stages
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
@@ -27,30 +29,73 @@ PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few leng
 def load_generator(path: str, *, template: str = "", dtype: str = "bfloat16") -> "Generator":
     """A generator from a run directory, our model directory or a Hugging Face directory.
 
-    template: a conversation template in place of the model's own.
+    template: a conversation template in place of the model's own. Pictures are read as the run's last stage reads them.
     """
     weights = open_any(path)
     if not isinstance(weights.config, ModelConfig) or not weights.tokenizer_path:
         raise ConfigError(
             f"{path} is not a whole model with its tokenizer; assemble one with tools/convert_weights.py."
         )
+    data = None
+    if weights.layout == "run":
+        data = next(reversed(run_stages(Path(path)).values())).data
     tokenizer = load_tokenizer(weights.tokenizer_path, weights.config.extra_tokens)
+    mesh = make_mesh(MeshConfig())
+    return open_generator(
+        weights, tokenizer, mesh, template=template or weights.template, dtype=dtype, data=data
+    )
+
+
+def open_generator(
+    weights: ModelSource,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    *,
+    template: str,
+    dtype: str,
+    data: DataConfig | None = None,
+) -> "Generator":
+    """A generator from weights, which are read onto the mesh.
+
+    data: says how pictures are read; None: as the model's aspect ratio says, without limits to their pixels.
+    """
+    config = weights.config
+    graphdef, _ = abstract_model(config, dtype=jnp.dtype(dtype))
     return Generator(
-        weights, tokenizer, make_mesh(MeshConfig()), template=template or weights.template, dtype=dtype
+        graphdef,
+        load(weights, weights.names(), jnp.dtype(dtype), partial(parameter_sharding, mesh)),
+        tokenizer,
+        mesh,
+        template=template,
+        image_processor=ImageProcessor(config, aspect_ratio=weights.image_aspect_ratio)
+        if data is None
+        else ImageProcessor.from_config(data, config),
     )
 
 
 class Generator:
-    """A model held ready to continue prompts."""
+    """A network and all its parameters by name, on the mesh, ready to continue prompts.
 
-    def __init__(self, weights: ModelSource, tokenizer: Tokenizer, mesh: Mesh, *, template: str, dtype: str):
-        self.config = weights.config
+    All processes of a mesh call it with the same arguments and get the same answers.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        parameters: dict[str, jax.Array],
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        template: str,
+        image_processor: ImageProcessor,
+    ):
+        self.graphdef = graphdef
+        self.parameters = parameters
+        self.config = image_processor.model
         self.template = get_template(template)
-        self.image_processor = ImageProcessor(self.config, aspect_ratio=weights.image_aspect_ratio)
+        self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.mesh = mesh
-        self.graphdef, _ = abstract_model(self.config, dtype=jnp.dtype(dtype))
-        self.parameters = load(weights, weights.names(), jnp.dtype(dtype), partial(parameter_sharding, mesh))
 
     def answer(self, questions: list[str], images: list[list[np.ndarray]], **how) -> list[str]:
         """Single-turn answers. images: per question, in the order of its placeholders, as `generate` takes them; a
@@ -65,8 +110,14 @@ class Generator:
             )
             for question, its_images in zip(questions, images, strict=True)
         ]
-        new_tokens = self.generate(prompts, images, **how)
-        return [self.tokenizer.decode(tokens).strip() for tokens in new_tokens]
+        return self.complete(prompts, images, **how)
+
+    def complete(self, prompts: list[np.ndarray], images: list[list[np.ndarray]], **how) -> list[str]:
+        """What `generate` makes of its arguments, as text: up to the end of the assistant's turn, stripped."""
+        # Where no token ends a turn, this text does.
+        end = self.template.assistant.after + self.template.human.opening
+        texts = [self.tokenizer.decode(tokens) for tokens in self.generate(prompts, images, **how)]
+        return [(text.partition(end)[0] if end.strip(" ") else text).strip() for text in texts]
 
     def generate(
         self,
@@ -78,6 +129,8 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        length: int | None = None,
+        slots: int | None = None,
     ) -> list[list[int]]:
         """Continues token sequences int32[T], in which IMAGE_TOKEN stands for one image.
 
@@ -85,6 +138,7 @@ class Generator:
         without layouts uint8[H, W, 3], told as one tile.
         Returns the new tokens up to and without the one that ends them, no more than the model's positions allow.
         temperature 0 is greedy; otherwise tokens are drawn from the smallest set of probability top_p.
+        length, slots: tokens and tiles to which each row is padded, so that calls alike are compiled once.
         """
         if layouts is None:
             images = [[image[None] for image in its_images] for its_images in images]
@@ -103,7 +157,9 @@ class Generator:
                 f"{self.config.text.max_position_embeddings} positions; shorten it."
             )
         end_ids = self.template.end_ids(self.tokenizer)
-        batch = left_pad(sequences, tiles, self.config.vision.image_size, feature_ids)
+        batch = left_pad(
+            sequences, tiles, self.config.vision.image_size, feature_ids, length=length, slots=slots
+        )
         batch = jax.device_put(batch, replicated(self.mesh))
         tokens = continue_prompts(
             self.parameters,
@@ -115,6 +171,7 @@ class Generator:
             max_new_tokens=min(max_new_tokens, room),
             end_ids=end_ids,
             sample=temperature > 0,
+            mesh=self.mesh,
         )
         return [_until(row, end_ids) for row in np.asarray(tokens).tolist()]
 
@@ -140,12 +197,18 @@ def left_pad(
     images: list[list[np.ndarray]],
     image_size: int,
     feature_ids: Sequence[np.ndarray] | None = None,
+    *,
+    length: int | None = None,
+    slots: int | None = None,
 ) -> dict:
     """Expanded prompts int32[T], their feature_ids int32[T] if any, and each one's tiles [H, W, 3] as a batch whose
-    last column is every row's last token."""
-    length = -(-max(map(len, sequences)) // PROMPT_BUCKET) * PROMPT_BUCKET
+    last column is every row's last token.
+
+    length, slots: columns and tiles per row; None: as many as the longest needs, rounded up, and the most.
+    """
+    length = length or -(-max(map(len, sequences)) // PROMPT_BUCKET) * PROMPT_BUCKET
     tokens, positions, segment_ids = (np.zeros((len(sequences), length), np.int32) for _ in range(3))
-    slots = max(map(len, images))
+    slots = max(map(len, images)) if slots is None else slots
     dtype = next((image.dtype for its_images in images for image in its_images), np.uint8)
     pixels = np.zeros((len(sequences), slots, image_size, image_size, 3), dtype)
     for row, (sequence, its_images) in enumerate(zip(sequences, images, strict=True)):
@@ -166,14 +229,15 @@ def _until(tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:
     return list(itertools.takewhile(lambda token: token not in end_ids, tokens))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "end_ids", "sample"))
+@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "end_ids", "sample", "mesh"))
 def continue_prompts(
-    parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, end_ids, sample
+    parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, end_ids, sample, mesh=None
 ) -> jax.Array:
     """Continues a left-padded batch by max_new_tokens tokens or until every row has ended with one of end_ids.
 
     -> new tokens int32[B, max_new_tokens]; after a row's end token it holds only end_ids[0]. `sample` draws from
-    the smallest set of probability top_p at the given temperature; otherwise the likeliest token is taken.
+    the smallest set of probability top_p at the given temperature; otherwise the likeliest token is taken. With a
+    mesh every device gets all of the tokens.
     """
     model = bind(graphdef, parameters)
     B, T = batch["tokens"].shape
@@ -215,7 +279,8 @@ def continue_prompts(
         jnp.full((B, max_new_tokens), end_ids[0], jnp.int32),
         batch["positions"][:, -1:] + 1,
     )
-    return jax.lax.while_loop(unfinished, step, carry)[4]
+    tokens = jax.lax.while_loop(unfinished, step, carry)[4]
+    return tokens if mesh is None else jax.lax.with_sharding_constraint(tokens, replicated(mesh))
 
 
 def _sample(logits: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:

@@ -159,8 +159,12 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         ),
         "remove_unused_columns": _none("only the keys of LLaVA's format are read"),
         "val_size": _is("data.val_size"),
-        "eval_dataset": _is("data.eval_path", note="files, as NAME=FILE,NAME=FILE where several"),
-        "eval_on_each_dataset": _is("data.eval_path", note="as NAME=FILE,NAME=FILE"),
+        "eval_dataset": _is(
+            "data.eval_dataset", "data.eval_path", note="names of dataset_info.json, or files"
+        ),
+        "eval_on_each_dataset": _is(
+            "data.eval_dataset", note="as a=a,b=b; data.eval_path as NAME=FILE,NAME=FILE"
+        ),
     },
     "Optimizer": {
         "optim": _is("optimizer.name", note="adamw, adamw_8bit, adafactor, lion, muon or sgd"),
@@ -224,7 +228,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "plot_loss": _none("training_loss.png is always drawn"),
         "do_train": _none("python -m llava_jax.train trains"),
         "do_eval": _is(
-            "data.val_size", "data.eval_path", note="where there is data to evaluate on, it is evaluated"
+            "data.val_size", "data.eval_dataset", note="where there is data to evaluate on, it is evaluated"
         ),
         "eval_strategy": _is("train.eval_steps", note="0.25 is four times per stage"),
         "evaluation_strategy": _is("train.eval_steps", note="0.25 is four times per stage"),
@@ -232,7 +236,11 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "per_device_eval_batch_size": _is("data.batch_size", note="for evaluation too; " + _ROWS),
         "compute_accuracy": _none("eval_token_accuracy is always reported"),
         "predict_with_generate": _is(
-            "evaluate.path", note="questions that are answered after the last stage"
+            "evaluate.predict_with_generate",
+            note="exact match and ROUGE-L over words; no BLEU, no ROUGE-1 and -2",
+        ),
+        "do_predict": _is(
+            "evaluate.predict_with_generate", note="or python -m llava_jax.evaluate --data=FILE"
         ),
         "max_new_tokens": _is("evaluate.max_new_tokens"),
         "push_to_hub": _none("README.md and export/ are written for you to upload; nothing is sent anywhere"),
@@ -255,7 +263,8 @@ TABLE: dict[str, dict[str, Counterpart]] = {
     },
     "Code": {
         "BaseTrainingRecipe": _none(
-            "a recipe is a file in configs/; llava_jax.recipe.Recipe is what it becomes"
+            "a recipe is a file in configs/, and llava_jax.recipe.Recipe what it becomes; "
+            "docs/conversion.md says where its parts went"
         ),
         "common": _is("tune.language_model", note='"full"'),
         "lora": _is("tune.language_model", note='"lora"'),
@@ -296,9 +305,9 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "save_metrics": _none(
             "train_results.json, eval_results.json and all_results.json are always written"
         ),
-        "save_state": _none("metrics.jsonl is the history, checkpoints/ the state"),
+        "save_state": _none("trainer_state.json is always written, checkpoints/ is the state"),
         "is_world_process_zero": _none("llava_jax.processes.is_first"),
-        "evaluate": _is("data.val_size", "data.eval_path", note="evaluate.* asks questions instead"),
+        "evaluate": _is("data.val_size", "data.eval_dataset", note="evaluate.* generates answers besides"),
         "perplexity": _none("eval_perplexity is always reported"),
         "create_modelcard_and_push": _none("README.md in --workdir is the model card; nothing is pushed"),
     },

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from llava_jax.tuning import learning_rates, only_images_reach
 from llava_jax.watchdog import Watchdog
 
 _SAMPLES_NAMED = 32
+_ANSWERS_SHOWN, _CHARACTERS_SHOWN = 3, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Recorder:
             "data_wait": sum(done.data_wait for done in self.pending) / seconds,
             "seconds": seconds,
             **self.spent,
-            **self._utilisation(metrics, seconds),
+            **self._work_done(metrics, seconds),
             **memory_peak(),
         }
         self.spent.clear()
@@ -134,8 +135,13 @@ class Recorder:
         self.progress.show(row)
         self._tell_bad_samples()
 
-    def log_evaluation(self, step: int, figures: dict[str, float | None]) -> None:
-        """Logs an evaluation on data that is kept out of training; its time counts for no other row."""
+    def log_evaluation(
+        self, step: int, figures: dict[str, float | None], answers: Sequence[dict] = ()
+    ) -> None:
+        """Logs an evaluation on data that is kept out of training; its time counts for no other row.
+
+        answers: what the model said to some questions, as `AnswerSamples.answer` gives it; a few are shown.
+        """
         row = {"stage": self.stage} if self.stage else {}
         self.log.append(row | {"step": step} | figures)
         told = ", ".join(
@@ -144,17 +150,21 @@ class Recorder:
             if name != "eval_runtime"
         )
         print(f"{self.stage or 'step'} {step}: {told}", flush=True)
+        for answer in answers[:_ANSWERS_SHOWN]:
+            asked, label, said = (_shortened(answer[key]) for key in ("asked", "label", "predict"))
+            print(f"  {asked} -> {said} (expected {label})", flush=True)
+        if answers:
+            for reporter in self.log.reporters:
+                reporter.append_answers(step, answers)
         self.since = time.monotonic()
 
-    def _utilisation(self, metrics: list[dict], seconds: float) -> dict[str, float]:
-        """The share of what the devices can compute that the model's mathematics took, padding included."""
-        if not self.peak_flops:
-            return {}
+    def _work_done(self, metrics: list[dict], seconds: float) -> dict[str, float]:
+        """The FLOPs of the model's mathematics, padding included, and their share of what the devices can compute."""
         work = Work(0, 0, 0, 0)
         for done, values in zip(self.pending, metrics, strict=True):
             work += self._work(done.step, int(values["num_supervised_tokens"]))
         flops = sum(training_flops(self.config.model, self.config.tune, work).values())
-        return {"mfu": flops / (seconds * self.peak_flops)}
+        return {"flops": flops} | ({"mfu": flops / (seconds * self.peak_flops)} if self.peak_flops else {})
 
     def _work(self, step: int, num_supervised: int) -> Work:
         rows, (length, num_images) = self.config.data.batch_size, self.data.schedule.step_shape(step - 1)
@@ -226,3 +236,8 @@ class Recorder:
 def _mean(metrics: list[dict], key: str) -> float | None:
     """None if there is nothing to take the mean of, which JSON can say and of NaN it cannot."""
     return float(np.mean([values[key] for values in metrics])) if metrics else None
+
+
+def _shortened(text: str) -> str:
+    """`text` in quotes, on one line whatever it holds."""
+    return repr(text if len(text) <= _CHARACTERS_SHOWN else f"{text[:_CHARACTERS_SHOWN]}...")

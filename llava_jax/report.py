@@ -28,12 +28,12 @@ def write_training(workdir: Path, results: dict[str, dict], rows: list[dict]) ->
         plot_loss(rows, workdir / "training_eval_loss.png", key="eval_loss")
 
 
-def write_evaluation(workdir: Path, results: dict, answered: list[dict]) -> None:
-    """Writes eval_results.json and predictions.jsonl, and adds the results to all_results.json."""
+def write_evaluation(workdir: Path, results: dict, answered: list[dict], name: str) -> None:
+    """Writes eval_results.json and, as JSONL under `name`, the answers; adds the results to all_results.json."""
     together = json.loads((workdir / "all_results.json").read_text()) | results
     write_json(workdir / "all_results.json", together)
     write_json(workdir / "eval_results.json", _evaluated(together))
-    write_atomically(workdir / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in answered))
+    write_atomically(workdir / name, "".join(json.dumps(row) + "\n" for row in answered))
 
 
 def _evaluated(results: dict) -> dict:
@@ -67,6 +67,9 @@ def write_model_card(workdir: Path, recipe: Recipe, summaries: dict[str, dict]) 
     if accuracies:
         lines += ["", f"Exact match on {results['eval_samples']} questions of `{config.evaluate.path}`:", ""]
         lines += ["| | |", "|---|---|", *(f"| `{key}` | {value:.1%} |" for key, value in accuracies.items())]
+    if results.get("eval_predicted"):
+        lines += ["", f"Answers to the {results['eval_predicted']:,} samples kept out of training:"]
+        lines[-1] += f" exact match {results['eval_exact_match']:.1%}, ROUGE-L {results['eval_rouge_l']:.3f}."
     lines += ["", "![training loss](training_loss.png)", ""]
     if (workdir / "samples.png").exists():
         lines += ["![sample answers](samples.png)", ""]

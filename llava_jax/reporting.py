@@ -1,8 +1,10 @@
 """Where metrics go beside metrics.jsonl: TensorBoard and Weights & Biases, if they are installed."""
 
 import hashlib
+import html
 import importlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +19,9 @@ class Reporter(Protocol):
 
     def append(self, row: dict) -> None:
         """Reports one row."""
+
+    def append_answers(self, step: int, answers: Sequence[dict]) -> None:
+        """Reports what the model said to some questions after a step, as `AnswerSamples.answer` gives it."""
 
     def close(self) -> None:
         """Writes what is left."""
@@ -46,18 +51,26 @@ class TensorBoard:
         self.writer = None
 
     def append(self, row: dict) -> None:
-        if self.writer is None:
-            step = row["step"]
-            self.writer = self.module.SummaryWriter(
-                str(self.directory), purge_step=step, filename_suffix=f".{step}"
-            )
+        writer = self._writer_from(row["step"])
         for key, value in _numbers(row).items():
-            self.writer.add_scalar(key, value, row["step"])
-        self.writer.flush()
+            writer.add_scalar(key, value, row["step"])
+        writer.flush()
+
+    def append_answers(self, step: int, answers: Sequence[dict]) -> None:
+        lines = ["| set | sample | asked | expected | answer |", "|---|---|---|---|---|"]
+        lines += [f"| {' | '.join(map(_in_a_cell, cells))} |" for cells in _cells(answers)]
+        self._writer_from(step).add_text("answers", "\n".join(lines), step)
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+    def _writer_from(self, step: int):
+        if self.writer is None:
+            self.writer = self.module.SummaryWriter(
+                str(self.directory), purge_step=step, filename_suffix=f".{step}"
+            )
+        return self.writer
 
 
 class WandB:
@@ -84,8 +97,23 @@ class WandB:
         numbers = _numbers(row) | {"step": row["step"]}
         self.run.log({self.prefix + key: value for key, value in numbers.items()})
 
+    def append_answers(self, step: int, answers: Sequence[dict]) -> None:
+        columns = ["set", "sample", "asked", "expected", "answer"]
+        table = _load("wandb").Table(columns=columns, data=list(_cells(answers)))
+        self.run.log({f"{self.prefix}answers": table, f"{self.prefix}step": step})
+
     def close(self) -> None:
         self.run.finish()
+
+
+def _cells(answers: Sequence[dict]) -> Iterator[list[str]]:
+    for answer in answers:
+        yield [answer[key] for key in ("set", "sample", "asked", "label", "predict")]
+
+
+def _in_a_cell(text: str) -> str:
+    """`text` as Markdown shows it in a table."""
+    return " ".join(html.escape(text).replace("|", "&#124;").split())
 
 
 def _numbers(row: dict) -> dict[str, float]:

@@ -23,6 +23,7 @@ def training_results(rows: list[dict]) -> dict[str, float]:
         **({"train_loss": float(np.mean(losses))} if losses else {}),  # all steps may have been skipped
         "train_runtime": seconds,
         "train_steps_per_second": _steps_told(rows) / seconds,
+        "total_flos": sum(row.get("flops", 0.0) for row in rows),
         "steps": rows[-1]["step"],
         "epoch": rows[-1]["epoch"],
         "compilations": sum(row.get("compilations", 0) for row in rows),

@@ -33,6 +33,7 @@ HARMLESS = (
     "data.image_folder",
     "data.dataset_dir",
     "data.eval_path",
+    "data.eval_dataset",
     "data.num_threads",
     "data.cache_dir",
     "data.overwrite_cache",

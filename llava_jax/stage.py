@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llava_jax.agreement import Agreement
+from llava_jax.answer_samples import AnswerSamples
 from llava_jax.checkpoint import Checkpoints, read_meta, saved_steps, step_of
 from llava_jax.compiler import Compilations
 from llava_jax.config import Config
@@ -30,6 +31,7 @@ from llava_jax.recorder import Recorder
 from llava_jax.results import evaluations, training_results, where_time_went
 from llava_jax.sharding import place_batch
 from llava_jax.step import TrainState
+from llava_jax.trainer_state import trainer_state, write_trainer_state
 from llava_jax.tuning import kernel_name, table
 from llava_jax.validation import Validation
 from llava_jax.watchdog import Watchdog
@@ -45,6 +47,7 @@ class Stage:
     pipeline: Pipeline
     evaluations: dict[str, Pipeline]  # data that is kept out of training, by name
     checkpoints: Path
+    samples: AnswerSamples | None = None  # asked at every evaluation
 
     @property
     def num_steps(self) -> int:
@@ -54,6 +57,22 @@ class Stage:
     def rows(self, log: MetricsLog) -> list[dict]:
         """What is logged of this stage."""
         return [row for row in log.rows() if row.get("stage", "") == self.name]
+
+    def write_state(
+        self, log: MetricsLog, step: int, validation: Validation, results: dict | None = None
+    ) -> None:
+        """Writes trainer_state.json as it is after `step`, with the results of a stage that has ended."""
+        best = validation.best()
+        state = trainer_state(
+            self.config,
+            [row for row in self.rows(log) if row["step"] <= step],
+            step=step,
+            num_steps=self.num_steps,
+            steps_per_epoch=self.pipeline.steps_per_epoch,
+            best=best and (*best, self.checkpoints / str(best[0])),
+            results=results,
+        )
+        write_trainer_state(log, self.name, state)
 
 
 def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog) -> dict[str, float]:
@@ -81,7 +100,9 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     finally:
         checkpoints.close()
         watchdog.close()
-    return _results(stage, stage.rows(log), spent)
+    results = _results(stage, stage.rows(log), spent)
+    stage.write_state(log, results["steps"], validation, results)
+    return results
 
 
 def _train(
@@ -123,6 +144,9 @@ def _train(
         trainable = load(weights, program.abstract_trainable(), jnp.float32, program.parameter_sharding)
         state = program.new_state(trainable)
     log.forget_after(stage.name, first_step)
+    if stage.samples:
+        stage.samples.forget_after(first_step)
+    stage.write_state(log, first_step, validation)
     loop.run(state, first_step)
     return dict(recorder.spent)
 
@@ -169,9 +193,15 @@ class Loop:
 
     def evaluate(self, step: int, trainable: dict[str, jax.Array]) -> None:
         """Evaluates the parameters after a step, logs it and says which checkpoint is worth keeping."""
-        parameters = trainable | self.frozen
-        figures = self.validation.measure(step, self.program, parameters, self.checkpoints.watchdog)
-        self.recorder.log_evaluation(step, figures)
+        parameters, watchdog = trainable | self.frozen, self.checkpoints.watchdog
+        since = time.monotonic()
+        figures = self.validation.measure(step, self.program, parameters, watchdog)
+        answers = []
+        if self.stage.samples:
+            with watchdog.waiting(f"answers after step {step:,}"):
+                answers = self.stage.samples.answer(step, parameters, self.program.mesh)
+        figures |= {"eval_runtime": time.monotonic() - since}
+        self.recorder.log_evaluation(step, figures, answers)
         if self.keeps_best:
             self.checkpoints.ranking = self.validation.ranking()
 
@@ -225,8 +255,9 @@ class Loop:
         """Saves the state after a step. The stage's last one is waited for, and has the best parameters if asked."""
         meta = self.meta | {"step": step}
         with self.recorder.spending("checkpoint"):
+            if not stop and (ended or self.stage.config.checkpoint.save_only_model):
+                state = _averaged(state)  # nothing is trained further from here
             if ended and not stop:
-                state = _averaged(state)
                 best = self._best(step)
                 meta["evaluated_as"] = best
                 state = self._with_parameters_of(best, step, state)
@@ -235,6 +266,7 @@ class Loop:
             self.checkpoints.save(state, meta, whole=whole)
             if stop or ended:
                 self.checkpoints.finish()
+        self.stage.write_state(self.recorder.log, step, self.validation)
 
     def _best(self, step: int) -> int:
         """The step whose parameters the stage ends with."""
@@ -257,8 +289,11 @@ class Loop:
             f"{self.validation.history[best][metric]:.4f} is the best.",
             flush=True,
         )
-        path = self.checkpoints.directory / str(best)
-        trainable = self.checkpoints.restore_parameters(path, self.program.abstract_trainable())
+        path, abstract = self.checkpoints.directory / str(best), self.program.abstract_state()
+        if averaged_parameters(state.opt_state) is not None and read_meta(path)["optimizer"]:
+            trainable = self.checkpoints.restore_average(path, abstract)  # which was evaluated
+        else:
+            trainable = self.checkpoints.restore_parameters(path, abstract.trainable)
         return dataclasses.replace(state, trainable=trainable)
 
     def _call(self, train_step: Callable, state: TrainState, batch: dict[str, np.ndarray]):

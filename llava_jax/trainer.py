@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from llava_jax import report
+from llava_jax.answer_samples import AnswerSamples
 from llava_jax.checkpoint import saved_steps
 from llava_jax.compiler import keep_compiled
 from llava_jax.config import Config, ConfigError, one_of
@@ -23,8 +24,7 @@ from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer, require_room
-from llava_jax.evaluation import check_questions, draw_samples, evaluate
-from llava_jax.generation import Generator
+from llava_jax.final_evaluation import answer_at_end, check_asked
 from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.planning.out_of_memory import explain_out_of_memory
 from llava_jax.planning.remat import settle
@@ -63,8 +63,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
         stages = [
             _make_stage(name, config, tokenizer, mesh, workdir) for name, config in recipe.stages.items()
         ]
-        if last.evaluate.path:
-            check_questions(last, tokenizer)
+        check_asked(stages, tokenizer)
         if last.export.layout in ADAPTER_LAYOUTS:
             check_adapter(recipe.stages, last.export.layout)
         elif last.export.layout:
@@ -144,13 +143,7 @@ def _run_stages(
         weights = after_stage(weights, stage.config, stage.checkpoints, verify=False)
     if is_first():
         report.write_training(workdir, results, log.rows())
-    if last.evaluate.path:
-        generator = Generator(weights, tokenizer, mesh, template=last.data.template, dtype=last.train.dtype)
-        evaluation, answered = evaluate(generator, last.evaluate)
-        if is_first():
-            report.write_evaluation(workdir, evaluation, answered)
-            draw_samples(answered, last.evaluate.image_folder, workdir / "samples.png")
-        print("\n".join(f"{name:<28} {value:.4g}" for name, value in evaluation.items()), flush=True)
+    answer_at_end(stages[-1], weights, tokenizer, mesh, workdir)
     if is_first():
         report.write_model_card(workdir, recipe, {stage.name: stage.pipeline.summary() for stage in stages})
         if last.export.layout:
@@ -207,16 +200,14 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, wor
         suffix += f"_process_{jax.process_index()}"
     pipeline = make(training, report=workdir / f"bad_samples{suffix}.jsonl")
     check_images(config, pipeline.summary()["images"])
-    return Stage(
-        name,
-        config,
-        pipeline,
-        {
-            own: make(data, report=workdir / f"bad_evaluation_samples{own and f'_{own}'}{suffix}.jsonl")
-            for own, data in evaluations.items()
-        },
-        checkpoint_directory(workdir, name),
-    )
+    sets = {
+        own: make(data, report=workdir / f"bad_evaluation_samples{own and f'_{own}'}{suffix}.jsonl")
+        for own, data in evaluations.items()
+    }
+    samples = None
+    if config.evaluate.samples and sets:
+        samples = AnswerSamples(config, sets, tokenizer, workdir / "answers" / name)
+    return Stage(name, config, pipeline, sets, checkpoint_directory(workdir, name), samples)
 
 
 def _load_tokenizer(weights: ModelSource) -> Tokenizer:

@@ -1,7 +1,6 @@
 """Losses on data that is kept out of training: when they are due, what they are, and which step's are the best."""
 
 import math
-import time
 from collections.abc import Iterable
 
 import jax
@@ -66,14 +65,13 @@ class Validation:
     def measure(self, step: int, program: Program, parameters: dict, watchdog: Watchdog) -> dict:
         """Evaluates all of the model's parameters, those after `step`; returns the figures and remembers them."""
         self.eval_step = self.eval_step or program.eval_step()
-        since = time.monotonic()
         sums = {name: self._sums(name, program, parameters, watchdog) for name in self.data}
         figures = summarize(*map(sum, zip(*sums.values(), strict=True)))
         for name, own in sums.items():
             if name:
                 figures |= summarize(*own, prefix=f"eval_{name}_")
         self.history[step] = figures
-        return figures | {"eval_runtime": time.monotonic() - since}
+        return dict(figures)
 
     def ranking(self) -> list[int]:
         """The evaluated steps, best first; of equals the earliest."""
@@ -85,6 +83,12 @@ class Validation:
             return math.inf if value is None else sign * value
 
         return sorted(sorted(self.history), key=badness)
+
+    def best(self) -> tuple[int, float | None] | None:
+        """The best evaluated step and its figure; None: nothing has been evaluated."""
+        for step in self.ranking()[:1]:
+            return step, self.history[step].get(self.config.metric_for_best_model)
+        return None
 
     def has_stalled(self) -> bool:
         """Whether the last early_stopping_patience evaluations were all no better than one before them."""

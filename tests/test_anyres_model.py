@@ -34,7 +34,7 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.data import tiles
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.generation import Generator, continue_prompts, expand_prompt, left_pad
+from llava_jax.generation import continue_prompts, expand_prompt, left_pad, open_generator
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llava
 from llava_jax.models.clip import normalize
@@ -198,7 +198,7 @@ def test_a_generator_answers_about_tiled_images(tiny_config, pictures):
     weights = complete(ModelSource("parts", model, {}, image_aspect_ratio="anyres"), seed=0)
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     tokenizer = load_tokenizer(tiny_config.init.tokenizer)
-    generator = Generator(weights, tokenizer, mesh, template="v1", dtype="float32")
+    generator = open_generator(weights, tokenizer, mesh, template="v1", dtype="float32")
     processor = generator.image_processor
     images, layouts = processor.read(pictures[0]), processor.layout(pictures[0])
     answers = generator.answer(

@@ -106,6 +106,26 @@ def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
     assert found["eval_accuracy"] == expected["eval_accuracy"]
 
 
+@pytest.mark.slow
+def test_evaluate_compares_the_last_answers_of_conversations(finished_run, shapes_dataset, tmp_path):
+    result = run(
+        "llava_jax.evaluate",
+        f"--model={finished_run}",
+        f"--data={shapes_dataset}/finetune.json",
+        f"--image_folder={shapes_dataset}/images",
+        f"--predictions={tmp_path}/generated_predictions.jsonl",
+        "--max_new_tokens=8",
+        "--dtype=float32",
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout[result.stdout.index("{") :])
+    rows = [json.loads(line) for line in (tmp_path / "generated_predictions.jsonl").read_text().splitlines()]
+    assert found["eval_predicted"] == len(rows) > 50
+    assert {"prompt", "predict", "label"} <= rows[0].keys()
+    without = run("llava_jax.evaluate", f"--model={finished_run}")
+    assert without.returncode == 10 and "questions" in without.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -178,6 +178,38 @@ def test_evaluation_sets_are_told_apart_by_name(write):
             open_datasets(DataConfig(path=path, eval_path=wrong), 1)
 
 
+def test_evaluation_sets_may_be_datasets_of_dataset_info(write, tmp_path):
+    path = write("a.json", records(*"xy"))
+    write("held/u.json", [{"instruction": text, "output": "Yes"} for text in "uvw"])
+    write("held/v.json", records("v", image="v.png"))
+    entries = {"u": {"file_name": "u.json", "num_samples": 2}}
+    entries |= {"v": {"file_name": "v.json", "formatting": "llava", "image_folder": "pictures"}}
+    write("held/dataset_info.json", entries)
+    held = str(tmp_path / "held")
+    both = DataConfig(path=path, eval_dataset="u, v", dataset_dir=held)
+    training, evaluations = open_datasets(both, 1)
+    assert (ids(training), list(evaluations), len(evaluations[""])) == (["x", "y"], [""], 3)
+    apart = DataConfig(dataset="v", eval_dataset="text=u,images=v", dataset_dir=held, max_samples=1)
+    _, evaluations = open_datasets(apart, 1)
+    assert {name: len(data) for name, data in evaluations.items()} == {"text": 1, "images": 1}
+    assert evaluations["images"].folder(0).path == f"{held}/pictures"
+    for wrong, message in (
+        (
+            "x=u,v",
+            r"data\.eval_dataset='x=u,v' names some of its sets; write NAME=DATASET for all, or for none",
+        ),
+        ("uu", r"data\.eval_dataset='uu' is not in .*dataset_info\.json\. Did you mean 'u'\?"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_datasets(DataConfig(path=path, eval_dataset=wrong, dataset_dir=held), 1)
+
+
+@pytest.mark.parametrize("others", [{"val_size": 1.0}, {"eval_path": "b.json"}])
+def test_one_setting_says_what_is_evaluated_on(others):
+    with pytest.raises(ConfigError, match=r"and data\.eval_dataset='u' say what to evaluate on; set one\."):
+        DataConfig(path="a.json", eval_dataset="u", **others)
+
+
 def test_without_evaluation_there_is_none(write):
     assert open_datasets(DataConfig(path=write("a.json", records("x"))), 1)[1] == {}
 

@@ -12,7 +12,7 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.errors import DataError
 from llava_jax.evaluation import evaluate, read_questions
-from llava_jax.generation import Generator, _sample, continue_prompts, left_pad
+from llava_jax.generation import _sample, continue_prompts, left_pad, open_generator
 from llava_jax.models.llava import IMAGE_TOKEN
 from llava_jax.sharding import make_mesh
 from llava_jax.step import abstract_model
@@ -98,7 +98,7 @@ def generator(tiny_config):
     source = complete(ModelSource("parts", tiny_config.model, {}), seed=0)
     tokenizer = load_tokenizer(tiny_config.init.tokenizer)
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    return Generator(source, tokenizer, mesh, template="v1", dtype="float32")
+    return open_generator(source, tokenizer, mesh, template="v1", dtype="float32")
 
 
 def test_prompts_that_leave_no_room_are_refused(generator):
@@ -119,8 +119,8 @@ def test_every_question_is_answered_once_and_scored_per_kind(generator, shapes_d
         max_new_tokens=2,
         blind=True,
     )
-    generator.answer = lambda questions, images, **how: [
-        "red" if images[i][0].mean() > 0 else "?" for i in range(len(questions))
+    generator.complete = lambda prompts, images, **how: [
+        "Red" if images[i][0].mean() > 0 else "?" for i in range(len(prompts))
     ]
     results, answered = evaluate(generator, config)
     assert len(answered) == results["eval_samples"] == 24
@@ -139,7 +139,7 @@ def test_blind_questions_see_another_picture(generator, shapes_dataset):
         blind=True,
     )
     shown = []
-    generator.answer = lambda questions, images, **how: shown.append(images) or [""] * len(questions)
+    generator.complete = lambda prompts, images, **how: shown.append(images) or [""] * len(prompts)
     evaluate(generator, config)
     seeing, blind = shown
     assert not any(np.array_equal(a[0], b[0]) for a, b in zip(seeing, blind, strict=True))

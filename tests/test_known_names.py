@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import pkgutil
 import re
 import typing
 from pathlib import Path
@@ -137,3 +138,12 @@ def test_every_setting_is_read_somewhere():
         and not any(re.fullmatch(pattern, name) for pattern in patterns)
     ]
     assert unread == []
+
+
+def test_the_functions_that_the_table_for_tinyllava_names_exist():
+    page = (ROOT / "docs/conversion.md").read_text()
+    _, _, table = page.partition("## For those who know TinyLLaVA Factory")
+    names = re.findall(r"`(llava_jax\.[\w.]+)`", table.partition("\n## ")[0])
+    assert len(names) > 10
+    for name in names:
+        assert pkgutil.resolve_name(name)

@@ -92,6 +92,8 @@ def test_two_processes_train_evaluate_and_export_as_one_does(start, shapes_datas
         f"--config.evaluate.image_folder={shapes_dataset}/images",
         "--config.evaluate.batch_size=4",
         "--config.evaluate.max_new_tokens=2",
+        "--config.evaluate.samples=2",
+        "--config.evaluate.predict_with_generate=True",
         "--config.export.layout=llava-hf",
         "--config.data.val_size=8",
         "--config.train.eval_steps=2",
@@ -116,6 +118,11 @@ def test_two_processes_train_evaluate_and_export_as_one_does(start, shapes_datas
         for run in ("run", "alone")
     ]
     assert answers[0] == answers[1]
+    for name in ("generated_predictions.jsonl", "answers/2.jsonl", "answers/4.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == (tmp_path / "alone" / name).read_text()
+    states = [json.loads((tmp_path / run / "trainer_state.json").read_text()) for run in ("run", "alone")]
+    assert [state["global_step"] for state in states] == [4, 4]
+    assert len(states[0]["log_history"]) == len(states[1]["log_history"]) == 7
     assert (tmp_path / "run/export/model.safetensors").stat().st_size == (
         tmp_path / "alone/export/model.safetensors"
     ).stat().st_size

@@ -52,6 +52,7 @@ def test_mfu_is_the_work_of_whole_rows_over_what_the_devices_can_do(tiny_config,
     pairs = causal_pairs(5) + causal_pairs(7) + causal_pairs(9)
     work = Work(tokens=2 * size * 16, pairs=pairs, images=2 * size * 2, supervised=12)
     flops = sum(training_flops(tiny_config.model, tiny_config.tune, work).values())
+    assert row["flops"] == pytest.approx(flops)
     assert row["mfu"] == pytest.approx(flops / (row["seconds"] * 1e9))
     assert "mfu" not in add_steps(recorded(tiny_config, data, tmp_path))
 

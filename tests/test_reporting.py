@@ -36,8 +36,12 @@ def calls(monkeypatch):
         module = types.ModuleType(name)
         setattr(module, maker, lambda *args, _maker=maker, **settings: Called(_maker, *args, **settings))
         module.Error = RefusedError
+        module.Table = lambda columns, data: data
         monkeypatch.setitem(sys.modules, name, module)
     return calls
+
+
+ANSWERS = ({"set": "", "sample": "record 0", "asked": "a|b?\n<i>", "label": "red", "predict": "blue"},)
 
 
 def report(recipe, to: str, workdir) -> None:
@@ -49,6 +53,7 @@ def report(recipe, to: str, workdir) -> None:
     for row in ROWS:
         log.append(row)
     for reporter in log.reporters:
+        reporter.append_answers(4, ANSWERS)
         reporter.close()
     assert log.rows() == list(ROWS)
 
@@ -61,6 +66,16 @@ def test_tensorboard_gets_finite_figures_by_step_and_forgets_steps_that_are_take
         ("SummaryWriter", (str(tmp_path / "tensorboard/one"),), {"purge_step": 3, "filename_suffix": ".3"}),
         ("add_scalar", ("loss", 2.5, 3), {}),
         ("add_scalar", ("eval_loss", 2.0, 4), {}),
+        (
+            "add_text",
+            (
+                "answers",
+                "| set | sample | asked | expected | answer |\n|---|---|---|---|---|\n"
+                "|  | record 0 | a&#124;b? &lt;i&gt; | red | blue |",
+                4,
+            ),
+            {},
+        ),
         ("close", (), {}),
     ]
 
@@ -72,11 +87,12 @@ def test_wandb_continues_the_run_of_the_directory(tiny_recipe, tmp_path, calls):
     assert calls[2:] == [
         ("log", ({"one/loss": 2.5, "one/step": 3},), {}),
         ("log", ({"one/eval_loss": 2.0, "one/step": 4},), {}),
+        ("log", ({"one/answers": [["", "record 0", "a|b?\n<i>", "red", "blue"]], "one/step": 4},), {}),
         ("finish", (), {}),
     ]
     (tmp_path / "metrics.jsonl").unlink()
     report(tiny_recipe, "wandb", tmp_path)
-    assert calls[5][2]["id"] == settings["id"]
+    assert calls[6][2]["id"] == settings["id"]
 
 
 @pytest.mark.parametrize("to", ["none", "jsonl"])

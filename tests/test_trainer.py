@@ -16,6 +16,7 @@ from llava_jax import stage as stage_module
 from llava_jax import trainer
 from llava_jax.checkpoint import Checkpoints, saved_steps
 from llava_jax.convert.opening import open_model
+from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.errors import CheckpointError, ConfigError, DataError, DivergedError, InUseError
 from llava_jax.generation import load_generator
 from llava_jax.recipe import STAGE_SECTIONS, default_config, parse
@@ -135,6 +136,12 @@ def test_stages_follow_each_other_and_a_finished_recipe_is_not_trained_again(
         ("finetune", 1),
         ("finetune", 2),
     ]
+    states = [
+        json.loads((tmp_path / name).read_text())
+        for name in ("trainer_state_pretrain.json", "trainer_state_finetune.json", "trainer_state.json")
+    ]
+    assert [[row["step"] for row in state["log_history"]] for state in states] == [[1, 2, 2]] * 3
+    assert states[0] != states[1] == states[2]
     first, second = parameters(tmp_path, "pretrain"), parameters(tmp_path, "finetune")
     assert first.keys() < second.keys()
     assert not np.array_equal(
@@ -483,9 +490,16 @@ def test_data_that_would_teach_nothing_is_refused(tiny_recipe, tmp_path, record,
         trainer.run(parse(tiny_recipe), tmp_path / "run")
 
 
-def test_a_generator_takes_as_many_devices_as_share_the_model_evenly(tiny_recipe, tmp_path):
-    trainer.run(parse(tiny_recipe), tmp_path)
+def test_a_generator_reads_pictures_as_the_run_and_takes_as_many_devices_as_share_the_model_evenly(
+    tiny_recipe, tmp_path
+):
+    tiny_recipe.data.update(image_max_pixels=400, image_aspect_ratio="square")
+    tiny_recipe.train.max_steps = 1
+    recipe = parse(tiny_recipe)
+    trainer.run(recipe, tmp_path)
     generator = load_generator(str(tmp_path), dtype="float32")  # widths 32 and 24 on 8 devices
+    assert generator.image_processor == ImageProcessor.from_config(recipe.last.data, recipe.last.model)
+    assert generator.image_processor.max_pixels == 400
     assert dict(generator.mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert generator.answer(["What is this?"], [[]], max_new_tokens=2)
 

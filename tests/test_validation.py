@@ -6,6 +6,8 @@ import math
 import jax
 import numpy as np
 import pytest
+from transformers import TrainerState
+from transformers.modelcard import parse_log_history
 
 from llava_jax import stage as stage_module
 from llava_jax import trainer
@@ -71,7 +73,7 @@ def test_each_interval_and_the_last_step_are_due_once():
     ("changes", "message"),
     [
         ({"eval_steps": 0.0}, "train.eval_steps=0.0 is a number of steps, or a share"),
-        ({"eval_steps": 2.0}, "there is nothing to evaluate on; set data.val_size or data.eval_path"),
+        ({"eval_steps": 2.0}, "there is nothing to evaluate on; set data.val_size, data.eval_path"),
         ({"load_best_model_at_end": True}, "compare evaluations; set train.eval_steps"),
         ({"metric_for_best_model": "eval_seen_loss"}, "nothing asks; set train.load_best_model_at_end"),
         ({"metric_for_best_model": "loss"}, "is not eval_loss, eval_perplexity or eval_token_accuracy"),
@@ -110,11 +112,14 @@ def test_a_stage_that_stalls_ends_with_its_best_parameters_also_when_it_is_conti
     )
     recipe = parse(tiny_recipe)
     run_until_saved(recipe, tmp_path, monkeypatch, step=3)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert (state["global_step"], state["best_global_step"], len(state["log_history"])) == (2, 2, 4)
     assert saved_steps(tmp_path / "checkpoints") == [2, 3]  # the best beside the newest
     best = parameters_of(tmp_path, 2)
     trainer.run(recipe, tmp_path)
     assert worse_every_time == [1, 2, 3, 4]
     assert [row["step"] for row in metrics(tmp_path) if "eval_loss" in row] == [1, 2, 3, 4]
+    check_trainer_state(tmp_path)
     assert saved_steps(tmp_path / "checkpoints") == [2, 4]
     last = parameters(tmp_path)
     assert all(np.array_equal(last[name], value) for name, value in best.items())
@@ -124,6 +129,23 @@ def test_a_stage_that_stalls_ends_with_its_best_parameters_also_when_it_is_conti
     assert worse_every_time == [1, 2, 3, 4]
 
 
+def check_trainer_state(workdir) -> None:
+    """The history is that of metrics.jsonl, whatever was interrupted, and transformers makes sense of it."""
+    state = TrainerState.load_from_json(str(workdir / "trainer_state.json"))
+    *history, summary = state.log_history
+    assert [{k: v for k, v in row.items() if k != "epoch"} for row in history] == [
+        {key: value for key, value in row.items() if key != "epoch"} for row in metrics(workdir)
+    ]
+    results = json.loads((workdir / "train_results.json").read_text())
+    assert summary["train_loss"] == results["train_loss"] and summary["step"] == 4
+    assert state.total_flos == results["total_flos"] > 1e6
+    assert (state.global_step, state.best_global_step, state.best_metric) == (4, 2, 1.0)
+    assert state.best_model_checkpoint == str(workdir / "checkpoints/2")
+    _, lines, evaluated = parse_log_history(state.log_history)
+    assert [line["Validation Loss"] for line in lines] == [3.0, 1.0, 2.0, 2.5]
+    assert evaluated["Loss"] == 2.5
+
+
 def parameters_of(workdir, step: int) -> dict:
     from llava_jax.saved_parameters import SavedParameters
 
@@ -131,17 +153,53 @@ def parameters_of(workdir, step: int) -> dict:
     return {name: leaf.read() for name, leaf in leaves.items()}
 
 
-def test_named_sets_are_evaluated_on_their_own_and_together(tiny_recipe, shapes_dataset, tmp_path):
+def check_answers(workdir, said: str) -> None:
+    """The same questions at every evaluation, and all of them at the end by the same model."""
+    steps = [
+        [json.loads(line) for line in (workdir / f"answers/{step}.jsonl").read_text().splitlines()]
+        for step in (1, 2)
+    ]
+    assert [[row["step"] for row in rows] for rows in steps] == [[1] * 4, [2] * 4]
+    samples = [
+        ("a", "record 0 (id 'conversation_train_00000')"),
+        ("a", "record 7 (id 'conversation_train_00006')"),
+        ("b", "record 0 (id 'caption_train_00000')"),
+        ("b", "record 7 (id 'caption_train_00007')"),
+    ]
+    assert [[(row["set"], row["sample"]) for row in rows] for rows in steps] == [samples] * 2
+    page = (workdir / "answers/index.html").read_text()
+    assert page.count("<article>") == 4 and page.count("data:image/jpeg;base64,") == 4
+    assert f"  {steps[1][0]['asked']!r} -> {steps[1][0]['predict']!r} (expected" in said
+
+    rows = [json.loads(line) for line in (workdir / "generated_predictions.jsonl").read_text().splitlines()]
+    assert [row["set"] for row in rows] == ["a"] * 8 + ["b"] * 8
+    at_end = {(row["set"], row["sample"]): row for row in rows}
+    for row in steps[1]:
+        same = at_end[row["set"], row["sample"]]
+        assert all(same[key] == row[key] for key in ("prompt", "predict", "label", "images"))
+    results = json.loads((workdir / "eval_results.json").read_text())
+    assert results["eval_exact_match"] == np.mean([row["exact_match"] for row in rows])
+    assert results["eval_b_rouge_l"] == pytest.approx(np.mean([row["rouge_l"] for row in rows[8:]]))
+    assert (results["eval_predicted"], results["eval_a_predicted"]) == (16, 8)
+    assert (
+        "Answers to the 16 samples kept out of training: exact match" in (workdir / "README.md").read_text()
+    )
+
+
+def test_named_sets_are_evaluated_on_their_own_and_together(tiny_recipe, shapes_dataset, tmp_path, capsys):
     tiny_recipe.data.eval_path = f"a={shapes_dataset}/finetune.json,b={shapes_dataset}/pretrain.json"
     tiny_recipe.data.max_samples = 8
+    tiny_recipe.evaluate.update(samples=2, predict_with_generate=True, max_new_tokens=3)
     tiny_recipe.train.update(max_steps=2, eval_steps=1, profile_steps="2:3")
     trainer.run(parse(tiny_recipe), tmp_path)
+    check_answers(tmp_path, capsys.readouterr().out)
     rows = [row for row in metrics(tmp_path) if "eval_loss" in row]
     assert [row["step"] for row in rows] == [1, 2]
     a, b, both = (rows[1][f"eval_{name}loss"] for name in ("a_", "b_", ""))
     assert min(a, b) < both < max(a, b)
     results = json.loads((tmp_path / "eval_results.json").read_text())
-    assert results == {key: value for key, value in rows[1].items() if key not in ("step", "eval_runtime")}
+    logged = {key: value for key, value in rows[1].items() if key not in ("step", "eval_runtime")}
+    assert {key: value for key, value in results.items() if key in logged} == logged
     assert (tmp_path / "training_eval_loss.png").stat().st_size > 0
 
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -191,6 +249,35 @@ def test_an_evaluation_that_a_signal_prevented_is_made_when_the_run_continues(
     assert worse_every_time == [1, 2, 3]
     assert all(np.array_equal(parameters(tmp_path)[name], value) for name, value in best.items())
     assert [row["step"] for row in metrics(tmp_path) if "loss" in row] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_the_best_of_averaged_parameters_are_the_averages_that_were_evaluated(
+    tiny_recipe, tmp_path, monkeypatch, worse_every_time, save_only_model
+):
+    tiny_recipe.data.val_size = 8
+    tiny_recipe.optimizer.update(ema_decay=0.9, learning_rate=1e-2, warmup_ratio=0.0)
+    tiny_recipe.tune.language_model = "frozen"
+    tiny_recipe.checkpoint.save_only_model = save_only_model
+    tiny_recipe.train.update(max_steps=3, eval_steps=1, load_best_model_at_end=True)
+    evaluated = {}
+    original = stage_module.Loop.evaluate
+
+    def evaluate(self, step, trainable):
+        evaluated[step] = {name: np.asarray(value) for name, value in trainable.items()}
+        original(self, step, trainable)
+
+    monkeypatch.setattr(stage_module.Loop, "evaluate", evaluate)
+    trainer.run(parse(tiny_recipe), tmp_path)
+    best, found = evaluated[2], parameters(tmp_path)
+    assert found.keys() == best.keys()
+    assert all(np.array_equal(found[name], value) for name, value in best.items())
+    name = "multi_modal_projector.linear_1.kernel"
+    assert not np.array_equal(best[name], evaluated[3][name])
+    if save_only_model:
+        assert np.array_equal(parameters_of(tmp_path, 2)[name], best[name])
+    else:
+        assert not np.array_equal(parameters_of(tmp_path, 2)[name], best[name])
 
 
 class StoppedAtTheLastStep:

@@ -101,7 +101,8 @@ class Dataset:
 
 
 def open_datasets(config: DataConfig, seed: int) -> tuple[Dataset, dict[str, Dataset]]:
-    """Opens what a run trains on, and the sets that it evaluates on by name: none, "" alone, or those of NAME=FILE.
+    """Opens what a run trains on, and the sets that it evaluates on by name: none, "" alone, or those of NAME=FILE and
+    NAME=DATASET.
 
     Files are indexed, their records not yet read. Raises ConfigError for settings that do not fit together,
     DataError for files that cannot be read.
@@ -141,14 +142,51 @@ def split_dataset(dataset: Dataset, val_size: float, seed: int) -> tuple[Dataset
 def _open_sources(config: DataConfig) -> tuple[tuple[Source, ...], list[int | None]]:
     """The files to train on, and how many of each one's samples are to be drawn; None: all in order."""
     if config.path:
-        sources = _open_files(config.path, config.image_folder, "data.path")
-        return sources, [None] * len(sources)
+        return _open_files(config.path, config.image_folder, "data.path")
     if not config.dataset:
         raise ConfigError(
             "There is nothing to train on: set data.path to a JSON or JSONL file, or data.dataset to names of "
             "dataset_info.json in data.dataset_dir."
         )
-    entries = read_dataset_info(config.dataset_dir, _split_names(config.dataset, "data.dataset"))
+    return _open_entries(config.dataset, config, "data.dataset")
+
+
+def _open_evaluations(config: DataConfig, seed: int) -> dict[str, Dataset]:
+    datasets = {}
+    setting = "data.eval_dataset" if config.eval_dataset else "data.eval_path"
+    for name, what in _named_sets(config.eval_dataset or config.eval_path, setting).items():
+        if config.eval_dataset:
+            sources, counts = _open_entries(what, config, setting)
+        else:
+            sources, counts = _open_files(what, config.image_folder, setting)
+        picks = _choose(sources, counts, config.max_samples, seed)
+        datasets[name] = Dataset(sources, picks, config.video_frames)
+    return datasets
+
+
+def _named_sets(sets: str, setting: str) -> dict[str, str]:
+    """ "a=x.json,b=y.json" -> {"a": "x.json", "b": "y.json"}; without names -> {"": sets}."""
+    if not sets:
+        return {}
+    matches = [re.fullmatch(r"(\w+)=(.+)", part.strip()) for part in sets.split(",")]
+    if not any(matches):
+        return {"": sets}
+    if not all(matches):
+        what = "FILE" if setting == "data.eval_path" else "DATASET"
+        raise ConfigError(
+            f"{setting}={sets!r} names some of its sets; write NAME={what} for all, or for none."
+        )
+    names = [match[1] for match in matches]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{setting}={sets!r} gives two sets one name; call them differently.")
+    return {match[1]: match[2] for match in matches}
+
+
+def _open_entries(
+    names: str, config: DataConfig, setting: str
+) -> tuple[tuple[Source, ...], list[int | None]]:
+    """The files of datasets that dataset_info.json names, and how many of each one's samples are to be drawn."""
+    entries = read_dataset_info(config.dataset_dir, _split_names(names, setting), setting)
     default_folder = config.image_folder or config.dataset_dir
     folder_of = functools.cache(ImageFolder)  # lists a directory that several datasets use once
     sources = tuple(
@@ -163,42 +201,17 @@ def _open_sources(config: DataConfig) -> tuple[tuple[Source, ...], list[int | No
     return sources, [entry.num_samples for entry in entries]
 
 
-def _open_evaluations(config: DataConfig, seed: int) -> dict[str, Dataset]:
-    datasets = {}
-    for name, paths in _named_sets(config.eval_path).items():
-        sources = _open_files(paths, config.image_folder, "data.eval_path")
-        picks = _choose(sources, [None] * len(sources), config.max_samples, seed)
-        datasets[name] = Dataset(sources, picks, config.video_frames)
-    return datasets
-
-
-def _named_sets(eval_path: str) -> dict[str, str]:
-    """ "a=x.json,b=y.json" -> {"a": "x.json", "b": "y.json"}; without names -> {"": eval_path}."""
-    if not eval_path:
-        return {}
-    matches = [re.fullmatch(r"(\w+)=(.+)", part.strip()) for part in eval_path.split(",")]
-    if not any(matches):
-        return {"": eval_path}
-    if not all(matches):
-        raise ConfigError(
-            f"data.eval_path={eval_path!r} names some of its files; write NAME=FILE for all, or for none."
-        )
-    names = [match[1] for match in matches]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"data.eval_path={eval_path!r} gives two sets one name; call them differently.")
-    return {match[1]: match[2] for match in matches}
-
-
-def _open_files(paths: str, image_folder: str, setting: str) -> tuple[Source, ...]:
+def _open_files(paths: str, image_folder: str, setting: str) -> tuple[tuple[Source, ...], list[int | None]]:
     paths = _split_names(paths, setting)
     folder = ImageFolder(image_folder)
     names = [os.path.basename(path) for path in paths]
     if len(set(names)) < len(names):
         names = paths
-    return tuple(
+    sources = tuple(
         Source(name, _open_index(path, setting), LLAVA, folder)
         for name, path in zip(names, paths, strict=True)
     )
+    return sources, [None] * len(sources)
 
 
 def _split_names(text: str, setting: str) -> list[str]:

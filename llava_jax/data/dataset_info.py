@@ -40,11 +40,11 @@ _UNSUPPORTED = {
 }
 
 
-def read_dataset_info(folder: str, names: Iterable[str]) -> list[Entry]:
+def read_dataset_info(folder: str, names: Iterable[str], setting: str = "data.dataset") -> list[Entry]:
     """Looks datasets up in the `dataset_info.json` of a folder, as LLaMA-Factory names them.
 
-    Paths in it are relative to the folder. Raises ConfigError for names that it lacks and for what it asks
-    for and is not supported.
+    Paths in it are relative to the folder. Raises ConfigError for names that it lacks, which `setting` gives, and
+    for what it asks for and is not supported.
     """
     path = os.path.join(folder, "dataset_info.json")
     info = _read_object(path)
@@ -53,7 +53,7 @@ def read_dataset_info(folder: str, names: Iterable[str]) -> list[Entry]:
         if name not in info:
             near = difflib.get_close_matches(name, info, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(info)) or 'none'}."
-            raise ConfigError(f"data.dataset={name!r} is not in {path}. {hint}")
+            raise ConfigError(f"{setting}={name!r} is not in {path}. {hint}")
         entries.append(_parse_entry(folder, name, info[name], f"{path}: {name!r}"))
     return entries
 
