@@ -25,11 +25,18 @@ class Child:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def collect(children: Iterable[Child], show: Callable[[dict], None], *, as_json: bool) -> dict:
+def collect(
+    children: Iterable[Child],
+    show: Callable[[dict], None],
+    *,
+    as_json: bool,
+    finish: Callable[[list[dict]], None] = lambda rows: None,
+) -> dict:
     """Runs the children one after another and shows each row as it comes.
 
     -> {"conditions": what the children say of their devices and versions, "rows": [...]}, which with `as_json` is also
-    printed, as a last line; that is printed of the rows there are if SIGTERM or an interrupt ends it before.
+    printed, as a last line; that is printed of the rows there are if SIGTERM or an interrupt ends it before. `finish` sees
+    all rows first, and may change them.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     result = {"conditions": {}, "rows": []}
@@ -42,6 +49,7 @@ def collect(children: Iterable[Child], show: Callable[[dict], None], *, as_json:
                 result["rows"].append(row)
                 show(row)
     finally:
+        finish(result["rows"])
         if as_json:
             print(json.dumps(result), flush=True)
     return result
