@@ -31,20 +31,21 @@ def collect(
     *,
     as_json: bool,
     finish: Callable[[list[dict]], None] = lambda rows: None,
+    conditions: dict | None = None,
 ) -> dict:
     """Runs the children one after another and shows each row as it comes.
 
     -> {"conditions": what the children say of their devices and versions, "rows": [...]}, which with `as_json` is also
     printed, as a last line; that is printed of the rows there are if SIGTERM or an interrupt ends it before. `finish` sees
-    all rows first, and may change them.
+    all rows first, and may change them; `conditions` is filled as they come.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    result = {"conditions": {}, "rows": []}
+    result = {"conditions": {} if conditions is None else conditions, "rows": []}
     try:
         for child in children:
             for row in rows(child):
                 if "conditions" in row:
-                    result["conditions"] |= row["conditions"]
+                    result["conditions"].update(row["conditions"])
                     continue
                 result["rows"].append(row)
                 show(row)
