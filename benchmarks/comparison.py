@@ -15,7 +15,7 @@ from llava_jax.planning.targets import GPUS, MEMORY_FRACTION
 
 _TINY = {"rows": 2, "length": 96, "samples": 3, "rank": 4, "steps": 4}
 # Of the card; the step of 7B needs more than JAX takes by itself.
-_ENVIRONMENT = {MEMORY_FRACTION: "0.95", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+ENVIRONMENT = {MEMORY_FRACTION: "0.95", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def _children(wanted: list[Case], options: argparse.Namespace, table: "_Table") 
     for case in wanted:
         table.case = case
         text = json.dumps(dataclasses.asdict(case))
-        child = lambda name, *command: Child(name, command, options.limit, _ENVIRONMENT)
+        child = lambda name, *command: Child(name, command, options.limit, ENVIRONMENT)
         if "ours" in only:
             profile = [f"--profile={Path(options.profile).resolve()}"] if options.profile else []
             yield child("llava_jax", "benchmarks.training_step", "ours", text, *profile)
@@ -86,7 +86,7 @@ def _children(wanted: list[Case], options: argparse.Namespace, table: "_Table") 
             topology = _topology(table.device)
             plan = child("plan", "benchmarks.training_step", "plan", text, f"--topology={topology}")
             if topology != "here":
-                plan = dataclasses.replace(plan, environment=_ENVIRONMENT | {"JAX_PLATFORMS": "cpu"})
+                plan = dataclasses.replace(plan, environment=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"})
             yield plan
         if "transformers" in only and has_torch() and case.form != "qlora" and _content(case) not in compared:
             compared.add(_content(case))

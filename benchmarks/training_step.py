@@ -257,15 +257,18 @@ def measure_ours(case: Case, profile_directory: Path | None) -> None:
 
 
 def rated(case: Case, seconds: float) -> dict[str, float]:
-    """Rates of a step that takes so long. Hours are the epoch's model FLOPs at the same FLOPs per second."""
+    """Rates of a step that takes so long; of 7B also the hours of the stage's epoch, by its model FLOPs at the same
+    FLOPs per second."""
     work, epoch = case.work, EPOCHS[case.form].work
-    return {
+    rates = {
         "milliseconds": 1e3 * seconds,
         "tokens_per_second": work.tokens / seconds,
         "samples_per_second": work.images / seconds,  # an image in each
         "tflops": case.flops(work) / seconds / 1e12,
-        "epoch_hours": case.flops(epoch) / case.flops(work) * seconds / 3600,
     }
+    if case.size == "7b":
+        rates["epoch_hours"] = case.flops(epoch) / case.flops(work) * seconds / 3600
+    return rates
 
 
 def tell_plan(case: Case, topology: str) -> None:
