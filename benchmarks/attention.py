@@ -323,6 +323,7 @@ def show(row: dict) -> None:
     if "tflops" in row:
         share = 100 * row.get("share_of_peak", float("nan"))
         line += f"{row['pass']:18}{row['milliseconds']:10.3f}{row['tflops']:10.1f}{share:9.1f}"
+    line = f"{line:143}"
     print(f"{line}{row.get('error', float('nan')):11.1e}", flush=True)
 
 

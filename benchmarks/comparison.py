@@ -14,8 +14,9 @@ from benchmarks.training_step import MODELS, Case
 from llava_jax.planning.targets import GPUS, MEMORY_FRACTION
 
 _TINY = {"rows": 2, "length": 96, "samples": 3, "rank": 4, "steps": 4}
-# Of the card; the step of 7B needs more than JAX takes by itself.
-ENVIRONMENT = {MEMORY_FRACTION: "0.95", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+ENVIRONMENT = {MEMORY_FRACTION: "0.95"}  # the step of 7B needs more of a card than JAX takes by itself
+# Beside torch JAX only prepares what it is given, and must not take the card.
+TORCH_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,21 +79,22 @@ def _children(wanted: list[Case], options: argparse.Namespace, table: "_Table") 
     for case in wanted:
         table.case = case
         text = json.dumps(dataclasses.asdict(case))
-        child = lambda name, *command: Child(name, command, options.limit, ENVIRONMENT)
+        child = lambda name, *command, environment=ENVIRONMENT: Child(
+            name, command, options.limit, environment
+        )
         if "ours" in only:
             profile = [f"--profile={Path(options.profile).resolve()}"] if options.profile else []
             yield child("llava_jax", "benchmarks.training_step", "ours", text, *profile)
         if "plan" in only:
             topology = _topology(table.device)
-            plan = child("plan", "benchmarks.training_step", "plan", text, f"--topology={topology}")
-            if topology != "here":
-                plan = dataclasses.replace(plan, environment=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"})
-            yield plan
+            command = "benchmarks.training_step", "plan", text, f"--topology={topology}"
+            yield child("plan", *command, environment={} if topology == "here" else {"JAX_PLATFORMS": "cpu"})
         if "transformers" in only and has_torch() and case.form != "qlora" and _content(case) not in compared:
             compared.add(_content(case))
             for weights in ("float32",) if case.size == "tiny" else ("float32", "bfloat16"):
                 name = f"transformers, {weights} weights"
-                yield child(name, "benchmarks.transformers_llava", text, weights)
+                command = "benchmarks.transformers_llava", text, weights
+                yield child(name, *command, environment=TORCH_ENVIRONMENT)
 
 
 def _topology(device: str) -> str:

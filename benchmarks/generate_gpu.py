@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.comparison import ENVIRONMENT
+from benchmarks.comparison import ENVIRONMENT, TORCH_ENVIRONMENT
 from benchmarks.isolated import Child, collect, tell
 from benchmarks.timing import conditions, has_torch, seconds
 from benchmarks.training_step import GIB, MODELS
@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generate_gpu", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--size", choices=LOADS, default="7b", help="tiny: seconds on a CPU")
-    parser.add_argument("--limit", type=float, default=150.0, help="seconds for each implementation")
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds for each implementation")
     parser.add_argument("--measure", choices=("llava_jax", "transformers"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     load = LOADS[options.size]
@@ -162,10 +162,12 @@ def main() -> None:
     if options.measure == "transformers":
         measure_transformers(load, same_weights=options.size == "tiny")
         return
-    names = ["llava_jax", *(["transformers"] if has_torch() else [])]
+    environments = {"llava_jax": ENVIRONMENT}
+    if has_torch():
+        environments["transformers"] = TORCH_ENVIRONMENT
     print(f"{'':14}{'batch':>6}{'prefill, ms':>14}{'tokens/s':>12}{'ms per token':>16}{'tokens/s':>12}")
     command = ("benchmarks.generate_gpu", f"--size={options.size}", "--measure")
-    children = (Child(name, (*command, name), options.limit, ENVIRONMENT) for name in names)
+    children = (Child(name, (*command, name), options.limit, own) for name, own in environments.items())
     result = collect(children, show, as_json=options.json)
     sys.exit(all("failed" in row for row in result["rows"]))
 

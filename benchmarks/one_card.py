@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ PARTS = {
     "step": ([["step_gpu", "--limit=150"]], 420),
     "stage1": ([["step_gpu", "--stage=1", "--limit=120"]], 240),
     "lora": ([["lora_gpu", "--limit=120"]], 360),
-    "generate": ([["generate_gpu", "--limit=120"]], 240),
+    "generate": ([["generate_gpu", "--limit=150"]], 320),
 }
 TINY = {"attention": ["--platform=cpu"]}  # what a part's command needs on a CPU
 
@@ -39,7 +40,7 @@ def run_part(name: str, options: argparse.Namespace, deadline: float) -> list[di
         if options.attention and benchmark in ("step_gpu", "lora_gpu"):
             command.append(f"--attention={options.attention}")
         if name == "step":
-            command.append(f"--profile={options.out.resolve() / 'trace'}")
+            command.append(f"--profile={Path(tempfile.gettempdir()) / 'llava_jax_trace'}")
         results.append({"command": " ".join(command[1:]), **_run(command, options.out, deadline)})
     return results
 

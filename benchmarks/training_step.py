@@ -250,10 +250,10 @@ def measure_ours(case: Case, profile_directory: Path | None) -> None:
     began = time.monotonic()
     run(case.steps)
     row |= rated(case, (time.monotonic() - began) / case.steps)
-    row |= {"losses": [float(loss) for loss in losses], **memory_peak()}
+    tell(**row, losses=[float(loss) for loss in losses], **memory_peak())
     if profile_directory:
-        row["profile"] = profiled(lambda: run(2), 2, step.as_text(), profile_directory)
-    tell(**row)
+        spent = profiled(lambda: run(2), 2, step.as_text(), profile_directory)
+        tell(implementation=f"profile, remat {case.remat}", profile=spent)
 
 
 def rated(case: Case, seconds: float) -> dict[str, float]:
