@@ -7,13 +7,26 @@ import sys
 import time
 from contextlib import redirect_stdout
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import generate_gpu, isolated, lora_gpu, loss, one_card, step_gpu, time_by_kind
+from benchmarks import (
+    generate_gpu,
+    isolated,
+    lora_gpu,
+    loss,
+    one_card,
+    step_gpu,
+    time_by_kind,
+    training_step,
+    transformers_llava,
+)
 from benchmarks.isolated import Child
 from benchmarks.training_step import EPOCHS, IGNORE, IMAGE_TOKEN, Case, draw_samples, pack, rated
+from llava_jax.step import abstract_model, random_parameters
 
 TINY = Case(size="tiny", rows=2, length=96, samples=3, rank=4, steps=1)
 
@@ -27,8 +40,26 @@ def one_thread_of_torch():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def drawn():
+    names = set(abstract_model(TINY.model)[1])
+    return jax.device_get(random_parameters(TINY.model, TINY.config.seed, names))
+
+
 @pytest.fixture
-def run(monkeypatch, capsys):
+def drawn_once(drawn, monkeypatch):
+    """Everyone draws the same parameters; compiling that takes long."""
+
+    def read(model, seed, names):
+        assert (model, seed) == (TINY.model, TINY.config.seed)
+        return {name: jnp.asarray(drawn[name]) for name in names}
+
+    for module in (generate_gpu, training_step, transformers_llava):
+        monkeypatch.setattr(module, "random_parameters", read)
+
+
+@pytest.fixture
+def run(drawn_once, monkeypatch, capsys):
     """run(benchmark, *arguments) -> what its JSON says. Its children run within this process, which is warm."""
 
     def rows_within(child: Child):
