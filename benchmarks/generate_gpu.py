@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.comparison import ENVIRONMENT, TORCH_ENVIRONMENT
 from benchmarks.isolated import Child, collect, tell
+from benchmarks.step_comparison import ENVIRONMENT, TORCH_ENVIRONMENT
 from benchmarks.timing import conditions, has_torch, seconds
-from benchmarks.training_step import GIB, MODELS
+from benchmarks.training_step import GIB, MODELS, require_accelerator
 from llava_jax.config import ModelConfig
 from llava_jax.generation import continue_prompts, left_pad
 from llava_jax.memory_peak import memory_peak
@@ -111,6 +111,7 @@ def measure_transformers(load: Load, *, same_weights: bool) -> None:
     from benchmarks.timing import torch_conditions, torch_seconds
     from benchmarks.transformers_llava import DEVICE, batch_of, make_model
 
+    require_accelerator("tiny" if same_weights else "7b", DEVICE)
     tell(conditions=torch_conditions())
     dtype = getattr(torch, load.dtype)
     model = make_model(load.model, seed=SEED if same_weights else None).eval()
@@ -157,6 +158,7 @@ def main() -> None:
     options = parser.parse_args()
     load = LOADS[options.size]
     if options.measure == "llava_jax":
+        require_accelerator(options.size, jax.default_backend())
         measure_ours(load)
         return
     if options.measure == "transformers":

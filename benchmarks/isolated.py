@@ -39,7 +39,7 @@ def collect(
     printed, as a last line; that is printed of the rows there are if SIGTERM or an interrupt ends it before. `finish` sees
     all rows first, and may change them; `conditions` is filled as they come.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     result = {"conditions": {} if conditions is None else conditions, "rows": []}
     try:
         for child in children:
@@ -53,6 +53,7 @@ def collect(
         finish(result["rows"])
         if as_json:
             print(json.dumps(result), flush=True)
+        signal.signal(signal.SIGTERM, before)
     return result
 
 
@@ -73,7 +74,7 @@ def rows(child: Child) -> Iterator[dict]:
         timer.start()
         try:
             yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
-            process.wait(timeout=child.limit)
+            process.wait()
         finally:
             timer.cancel()
             _kill(process)

@@ -6,7 +6,7 @@ doubly quantised nf4; for it nothing is compared, because bitsandbytes would be 
 
 import argparse
 
-from benchmarks.comparison import add_arguments, cases, compare
+from benchmarks.step_comparison import add_arguments, cases, compare
 
 
 def main() -> None:

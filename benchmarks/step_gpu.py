@@ -8,7 +8,7 @@ and with bfloat16 weights alone. Each runs in a process of its own, after a plan
 
 import argparse
 
-from benchmarks.comparison import add_arguments, cases, compare
+from benchmarks.step_comparison import add_arguments, cases, compare
 
 
 def main() -> None:

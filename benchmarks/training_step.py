@@ -7,6 +7,7 @@ and `lora_gpu.py`; CASE is a `Case` in JSON.
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -214,9 +215,16 @@ def _draw_leaf(name: str, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Arr
     return jnp.full(leaf.shape, value, leaf.dtype)
 
 
+def require_accelerator(size: str, platform: str) -> None:
+    """Ends the process, with a reason, when a model of that size would run on a CPU."""
+    if size != "tiny" and platform == "cpu":
+        sys.exit(f"There is no accelerator here for a model of {size}; --size=tiny runs on a CPU.")
+
+
 def measure_ours(case: Case, profile_directory: Path | None) -> None:
-    """Tells the device's peaks and a row."""
+    """Tells the device's peaks and a row, and one of where the time goes if there is a directory for the trace."""
     device = jax.devices()[0]
+    require_accelerator(case.size, device.platform)
     tiny = case.size == "tiny"
     practical = practical_peak(256 if tiny else 8192, rounds=5, calls=1 if tiny else 10)
     published = peak_flops(device.device_kind)
@@ -230,11 +238,13 @@ def measure_ours(case: Case, profile_directory: Path | None) -> None:
     trainable, frozen = draw_parameters(program)
     state = program.new_state(trainable)
     del trainable
+    drawn = memory_peak()
     began = time.monotonic()
     step = program.train_step().lower(state, frozen, batch).compile()
     row = {
         "implementation": f"llava_jax, remat {case.remat}, {case.moments} moments",
         "compile_seconds": time.monotonic() - began,
+        "before_steps": drawn,  # if the peak after them is the same, it is not theirs
         "compiled_gib": step.memory_analysis().peak_memory_in_bytes / GIB,
     }
     losses = []

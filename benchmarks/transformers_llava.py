@@ -13,7 +13,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.isolated import tell
 from benchmarks.timing import torch_conditions
-from benchmarks.training_step import GIB, WARM_UP, Case, draw_samples, rated
+from benchmarks.training_step import GIB, WARM_UP, Case, draw_samples, rated, require_accelerator
 from llava_jax.config import ModelConfig
 from llava_jax.convert.model_configs import SpecialTokens, write_llava_hf_config
 from llava_jax.convert.names import canonical, model_rows
@@ -89,6 +89,7 @@ def measure(case: Case, weights: str) -> None:
     """Tells the versions and a row of a step with trained weights of that dtype; float32 ones run under autocast."""
     import transformers
 
+    require_accelerator(case.size, DEVICE)
     tell(conditions=torch_conditions() | {"transformers": transformers.__version__})
     seed = case.config.seed if case.size == "tiny" else None
     model = prepare(make_model(case.model, seed=seed), case, getattr(torch, weights))

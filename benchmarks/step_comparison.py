@@ -85,7 +85,7 @@ def _children(wanted: list[Case], options: argparse.Namespace, table: "_Table") 
         if "ours" in only:
             profile = [f"--profile={Path(options.profile).resolve()}"] if options.profile else []
             yield child("llava_jax", "benchmarks.training_step", "ours", text, *profile)
-        if "plan" in only:
+        if "plan" in only and (table.device or "ours" not in only):
             topology = _topology(table.device)
             command = "benchmarks.training_step", "plan", text, f"--topology={topology}"
             yield child("plan", *command, environment={} if topology == "here" else {"JAX_PLATFORMS": "cpu"})
