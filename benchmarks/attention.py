@@ -1,23 +1,32 @@
-"""python -m benchmarks.attention [--sweep] [--json]: attention on one GPU, ours beside cuDNN, XLA and torch.
+"""python -m benchmarks.attention [--check] [--sweep] [--json]: attention on one GPU, ours beside cuDNN, XLA and torch.
 
-Every implementation is first compared with float64 on fresh random inputs. TFLOP/s count the pairs of query and key that
-attend, once: 4 operations per pair, head and width forward, 10 more backward.
+Every implementation is first compared with float64 on fresh random inputs, output and gradients; --check stops there.
+TFLOP/s count the pairs of query and key that attend, once: 4 operations per pair, head and width forward, 10 more
+backward. Each implementation runs in a process of its own.
 """
 
 import argparse
 import dataclasses
 import itertools
-import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.isolated import Child, collect, tell
+from benchmarks.timing import (
+    conditions,
+    has_torch,
+    practical_peak,
+    seconds,
+    torch_conditions,
+    torch_seconds,
+)
+from llava_jax.kernels.attention import attention
 from llava_jax.kernels.flash_gpu import flash_attention
 from llava_jax.kernels.flash_gpu_tiles import Tiles
 
@@ -115,7 +124,16 @@ def draw(shape: Shape, seed: int) -> tuple:
     return *tensors, shape.segment_ids(np.random.default_rng(seed))
 
 
+def door(shape: Shape, segment_ids, *, implementation: str) -> Callable:
+    """An implementation by its name, as the model calls it."""
+    ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    return lambda q, k, v: attention(
+        q, k, v, causal=shape.causal, segment_ids=ids, implementation=implementation
+    )
+
+
 def ours(shape: Shape, segment_ids, *, tiles: Tiles | None = None, interpret: bool = False) -> Callable:
+    """Our kernel with tile sizes of its own, or in the interpreter, for which the door has no argument."""
     how = dict(causal=shape.causal, sm_scale=shape.H**-0.5, tiles=tiles, interpret=interpret)
     return lambda q, k, v: flash_attention(q, k, v, segment_ids, **how)
 
@@ -151,8 +169,9 @@ def forward_and_backward(attend: Callable) -> Callable:
 
 
 def largest_error(make: Callable, shape: Shape, seed: int) -> float:
-    """Over output and gradients, as a share of each one's largest value; one row and two heads of the shape."""
-    small = dataclasses.replace(shape, B=1, N=min(2, shape.N))
+    """Over output and gradients, as a share of each one's largest value; one row of the shape and two of its heads, of
+    long ones one, for float64 takes long."""
+    small = dataclasses.replace(shape, B=1, N=min(2 if shape.T <= 2048 else 1, shape.N))
     *tensors, segment_ids = draw(small, seed)
     found = forward_and_backward(make(small, segment_ids))(*tensors)
     expected = oracle(*tensors, segment_ids, small.causal, small.H**-0.5)
@@ -160,63 +179,25 @@ def largest_error(make: Callable, shape: Shape, seed: int) -> float:
     return float(max(shares))
 
 
-def seconds(run: Callable, *arguments, rounds: int, calls: int) -> float:
-    """Of one call: the median over rounds, in each of which calls follow each other without waiting."""
-    jax.block_until_ready(run(*arguments))
-    measured = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = run(*arguments)
-        jax.block_until_ready(result)
-        measured.append((time.perf_counter() - start) / calls)
-    return statistics.median(measured)
-
-
-def practical_peak(size: int, **timing) -> float:
-    """TFLOP/s of a square bfloat16 matmul."""
-    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in range(2))
-    return 2 * size**3 / seconds(jax.jit(jnp.matmul), a, b, **timing) / 1e12
-
-
-def with_torch(shape: Shape, backend: str, seed: int, *, rounds: int, calls: int) -> dict[str, float]:
+def with_torch(shape: Shape, backend: str, seed: int, **timing) -> dict[str, float]:
     """Seconds of torch's attention on dense rows: {"forward": ..., "forward+backward": ...}."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
     torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     make = lambda: torch.randn(
-        shape.B, shape.N, shape.T, shape.H, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        shape.B, shape.N, shape.T, shape.H, device=device, dtype=torch.bfloat16, requires_grad=True
     )
     q, k, v, do = make(), make(), make(), make().detach()
     attend = lambda: scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
-
-    def timed(run):
-        run()
-        measured = []
-        for _ in range(rounds):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            torch.cuda.synchronize()
-            measured.append((time.perf_counter() - start) / calls)
-        return statistics.median(measured)
-
+    backward = lambda: torch.autograd.grad(attend(), (q, k, v), do)
     with sdpa_kernel(SDPBackend[backend]):
         return {
-            "forward": timed(attend),
-            "forward+backward": timed(lambda: torch.autograd.grad(attend(), (q, k, v), do)),
+            "forward": torch_seconds(attend, **timing),
+            "forward+backward": torch_seconds(backward, **timing),
         }
-
-
-def torch_has_cuda() -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
 
 
 def sweep_tiles(tiny: bool) -> list[Tiles]:
@@ -235,17 +216,24 @@ def sweep_tiles(tiny: bool) -> list[Tiles]:
     ]
 
 
-def implementations(options) -> dict[str, Callable]:
-    """Name -> make(shape, segment_ids) -> attend(q, k, v)."""
-    found = {"xla": lambda *x: of_jax(*x, implementation="xla")}
+def implementations(options) -> dict[str, dict[str, Callable]]:
+    """Name of a process -> the implementations that it measures: name -> make(shape, segment_ids) -> attend(q, k, v)."""
+    by_door = lambda name: {name: lambda *x: door(*x, implementation=name)}
+    found = {"xla": by_door("xla")}
     if options.platform == "gpu":
-        found["cudnn"] = lambda *x: of_jax(*x, implementation="cudnn")
+        found["cudnn"] = by_door("cudnn")
+        found["cudnn, masked"] = {"cudnn, masked": lambda *x: of_jax(*x, implementation="cudnn")}
     interpret = options.platform == "cpu"
     if interpret and jax.__version_info__ < (0, 11):
         return found
-    for tiles in sweep_tiles(options.tiny) if options.sweep else [None]:
-        name = "mosaic_gpu" if tiles is None else f"mosaic_gpu {changed(tiles)}"
-        found[name] = lambda *x, tiles=tiles: ours(*x, tiles=tiles, interpret=interpret)
+    found["mosaic_gpu"] = by_door("mosaic_gpu")
+    if options.sweep or interpret:
+        found["mosaic_gpu"] = {
+            f"mosaic_gpu {changed(tiles)}" if options.sweep else "mosaic_gpu": lambda *x, tiles=tiles: ours(
+                *x, tiles=tiles, interpret=interpret
+            )
+            for tiles in (sweep_tiles(options.size == "tiny") if options.sweep else [None])
+        }
     return found
 
 
@@ -257,8 +245,10 @@ def changed(tiles: Tiles) -> str:
     )
 
 
-def measure(name: str, make: Callable, shape: Shape, seed: int, timing: dict) -> list[dict]:
-    """One row per pass; a row with "failed" where it cannot run or is wrong."""
+def measure(
+    name: str, make: Callable, shape: Shape, seed: int, timing: dict, check: bool = False
+) -> list[dict]:
+    """One row per pass, with `check` one without times; a row with "failed" where it cannot run or is wrong."""
     base = {"shape": str(shape), "implementation": name}
     try:
         error = largest_error(make, shape, seed)
@@ -266,6 +256,8 @@ def measure(name: str, make: Callable, shape: Shape, seed: int, timing: dict) ->
             return [
                 base | {"failed": f"differs from float64 by {error:.1e} of the largest value", "wrong": True}
             ]
+        if check:
+            return [base | {"error": error}]
         *tensors, segment_ids = draw(shape, seed)
         attend = make(shape, segment_ids)
         pairs = num_pairs(shape, segment_ids)
@@ -287,66 +279,94 @@ def rated(shape: Shape, pairs: int, which: str, taken: float) -> dict:
     return {"pass": which, "milliseconds": 1e3 * taken, "tflops": operations / taken / 1e12}
 
 
-def report(rows: list[dict], peak: float) -> None:
-    for row in rows:
-        head = f"{row['shape']:52}{row['implementation']:44}"
-        if "failed" in row:
-            print(f"{head}{row['failed']}", flush=True)
+def measure_torch(shape: Shape, seed: int, timing: dict) -> Iterator[dict]:
+    """Rows of its two kernels for training."""
+    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        base = {"shape": str(shape), "implementation": f"torch {backend}"}
+        try:
+            times = with_torch(shape, backend, seed, **timing)
+        except RuntimeError as problem:  # not for this device or shape
+            yield base | {"failed": str(problem).splitlines()[0][:100], "wrong": False}
             continue
-        row["share_of_peak"] = row["tflops"] / peak
-        print(f"{head}{row['pass']:18}{row['milliseconds']:10.3f}{row['tflops']:10.1f}"
-              f"{100 * row['share_of_peak']:9.1f}{row.get('error', float('nan')):11.1e}", flush=True)  # fmt: skip
+        for which, taken in times.items():
+            yield base | rated(shape, num_pairs(shape, None), which, taken)
 
 
-def main() -> None:
+def measure_all(options) -> Iterator[dict]:
+    """What a process measures: first its conditions, then its rows."""
+    if options.platform == "gpu" and options.measure != "torch" and jax.default_backend() != "gpu":
+        sys.exit("No GPU here; --platform=cpu --size=tiny runs the interpreter.")
+    tiny = options.size == "tiny"
+    timing = dict(rounds=1, calls=1) if tiny else dict(rounds=7, calls=20)
+    shapes = [shape for shape in (TINY if tiny else SHAPES) if options.only in str(shape)]
+    if options.measure == "torch":
+        yield {"conditions": torch_conditions()}
+        for shape in shapes:
+            if not shape.num_segments:
+                yield from measure_torch(shape, options.seed, timing)
+        return
+    peak = practical_peak(256 if tiny else 8192, **timing)
+    yield {"conditions": conditions() | {"peak_tflops": peak, "seed": options.seed}}
+    for shape in shapes:
+        if options.measure == "cudnn, masked" and not shape.num_segments:
+            continue
+        for name, make in implementations(options)[options.measure].items():
+            for row in measure(name, make, shape, options.seed, timing, options.check):
+                yield row | ({"share_of_peak": row["tflops"] / peak} if "tflops" in row else {})
+
+
+def show(row: dict) -> None:
+    line = f"{row.get('shape', ''):52}{row['implementation']:44}"
+    if "failed" in row:
+        print(line + row["failed"], flush=True)
+        return
+    if "tflops" in row:
+        share = 100 * row.get("share_of_peak", float("nan"))
+        line += f"{row['pass']:18}{row['milliseconds']:10.3f}{row['tflops']:10.1f}{share:9.1f}"
+    line = f"{line:143}"
+    print(f"{line}{row.get('error', float('nan')):11.1e}", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument(
-        "--platform", choices=("gpu", "cpu"), default="gpu", help="cpu: the interpreter, with --tiny"
+        "--platform", choices=("gpu", "cpu"), default="gpu", help="cpu: the interpreter, with --size=tiny"
     )
-    parser.add_argument("--tiny", action="store_true", help="shapes that take seconds on a CPU")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: seconds on a CPU")
+    parser.add_argument("--tiny", action="store_const", dest="size", const="tiny", help="--size=tiny")
+    parser.add_argument("--check", action="store_true", help="compare with float64, time nothing")
     parser.add_argument("--sweep", action="store_true", help="tile sizes of our kernels")
     parser.add_argument("--only", default="", help="shapes whose description contains this")
-    options = parser.parse_args()
+    parser.add_argument("--limit", type=float, default=180.0, help="seconds for each implementation")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the inputs; default: the time")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.measure:
+        for row in measure_all(options):
+            tell(**row)
+        return
+    environment = {}
     if options.platform == "cpu":
-        jax.config.update("jax_platforms", "cpu")
+        environment["JAX_PLATFORMS"] = "cpu"
         # The interpreter's warpgroups wait for each other; XLA has a thread for each of them if it has many devices.
-        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    elif jax.default_backend() != "gpu":
-        sys.exit("No GPU here; --platform=cpu --tiny runs the interpreter.")
-    timing = dict(rounds=1, calls=1) if options.tiny else dict(rounds=7, calls=20)
-    peak = practical_peak(256 if options.tiny else 8192, **timing)
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}; practical peak {peak:.1f} TFLOP/s (bfloat16 matmul)\n")
+        environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    names = [*implementations(options)]
+    if has_torch() and options.platform == "gpu" and not options.check:
+        names.append("torch")
+    command = ("benchmarks.attention", *sys.argv[1:], f"--seed={options.seed}", "--measure")
     print(
         f"{'shape':52}{'implementation':44}{'pass':18}{'ms':>10}{'TFLOP/s':>10}{'% peak':>9}{'max error':>11}"
     )
-    seed = int(time.time())
-    rows = []
-    for shape in (s for s in (TINY if options.tiny else SHAPES) if options.only in str(s)):
-        for name, make in implementations(options).items():
-            rows += (found := measure(name, make, shape, seed, timing))
-            report(found, peak)
-        if options.platform == "gpu" and torch_has_cuda() and not shape.num_segments:
-            for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-                pairs = num_pairs(shape, None)
-                found = [
-                    {"shape": str(shape), "implementation": f"torch {backend}"}
-                    | rated(shape, pairs, which, taken)
-                    for which, taken in with_torch(shape, backend, seed, **timing).items()
-                ]
-                rows += found
-                report(found, peak)
-    print(
-        f"\nRandom inputs of seed {seed}. Error: largest difference from float64, as a share of the largest value."
+    children = (Child(name, (*command, name), options.limit, environment) for name in names)
+    result = collect(children, show, as_json=options.json)
+    sys.exit(
+        any(row.get("wrong") for row in result["rows"]) or all("failed" in row for row in result["rows"])
     )
-    if options.json:
-        print(
-            json.dumps(
-                {"device": device, "jax": jax.__version__, "peak_tflops": peak, "seed": seed, "rows": rows}
-            )
-        )
-    sys.exit(any(row.get("wrong") for row in rows))
 
 
 if __name__ == "__main__":
