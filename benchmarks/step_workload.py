@@ -19,7 +19,7 @@ from llava_jax.config import (
 from llava_jax.convert.export import write_hf
 from llava_jax.data.batching import Sample, bucket_length, collate
 from llava_jax.data.conversation import IGNORE, IMAGE_TOKEN
-from llava_jax.step import random_parameters
+from llava_jax.step import abstract_model, random_parameters
 
 LEARNING_RATE = 1e-4
 NUM_BATCHES = 4
@@ -80,6 +80,16 @@ class Workload:
 
 
 WORKLOADS = {
+    "toy": Workload(
+        ModelConfig(
+            vision=VisionConfig(24, 40, 3, 2, image_size=28, patch_size=14),
+            text=TextConfig(128, 32, 48, 2, 4, 2, head_dim=8, max_position_embeddings=64),
+        ),
+        num_rows=2,
+        max_length=32,
+        longest=24,
+        steps_per_round=1,
+    ),
     # The quickstart's, in its second stage.
     "tiny": Workload(
         ModelConfig(
@@ -106,13 +116,7 @@ WORKLOADS = {
 
 
 def write_weights(workload: Workload, directory: Path) -> None:
-    """Draws the model's weights and writes them as transformers reads them."""
-    names = {row for row in _names(workload.model)}
+    """Draws the model's weights and writes them, float32, as transformers reads them."""
+    names = set(abstract_model(workload.model)[1])
     drawn = {name: np.asarray(leaf) for name, leaf in random_parameters(workload.model, 0, names).items()}
     write_hf(directory, layout="llava-hf", model=workload.model, read=drawn.__getitem__)
-
-
-def _names(model: ModelConfig) -> list[str]:
-    from llava_jax.step import abstract_model
-
-    return list(abstract_model(model)[1])
