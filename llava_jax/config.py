@@ -567,7 +567,7 @@ def _interval(value: float, num_steps: int) -> int:
 
 
 REPORTERS = ("none", "jsonl", "tensorboard", "wandb")
-ATTENTIONS = ("auto", "reference", "xla", "flash_tpu", "splash", "mosaic_gpu", "cudnn")
+ATTENTIONS = ("auto", "reference", "xla", "flash_tpu", "splash", "mosaic_gpu", "cudnn", "xla_cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -579,7 +579,7 @@ class TrainConfig:
     accumulation_steps: int = 1
     dtype: str = "bfloat16"  # of the computation; trained parameters are always float32
     frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
-    attention: str = "auto"  # or flash_tpu, splash, mosaic_gpu, cudnn, xla, reference (kernels/attention.py)
+    attention: str = "auto"  # or flash_tpu, splash, mosaic_gpu, cudnn, xla, xla_cpu, reference (kernels/attention.py)
     # What the backward pass recomputes: full (most), dots (attention and elementwise steps), minimal (only these; offload
     # keeps what that keeps in the host's memory), none; auto: the least that fits the devices' memory.
     remat: str = "full"

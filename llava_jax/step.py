@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llava_jax.config import Config, LossConfig, ModelConfig
 from llava_jax.errors import ConfigError
+from llava_jax.kernels import products_cpu
 from llava_jax.kernels.attention import Placement, attention, check_platform
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.kernels.token_scores import score_tokens
@@ -245,4 +246,5 @@ def model_settings(config: Config, constrain: Callable, placement: Placement | N
         remat=config.train.remat,
         unroll=config.train.scan_unroll,
         constrain=constrain,
+        dot_general=products_cpu.dot_general if device.platform == "cpu" else jax.lax.dot_general,
     )

@@ -85,6 +85,7 @@ class LLaVA(nnx.Module):
         attention: Callable[..., jax.Array] = attention,
         constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
         look_up: Callable[[nnx.Embed, jax.Array], jax.Array] = lambda table, tokens: table(tokens),
+        dot_general: Callable = jax.lax.dot_general,
         rngs: nnx.Rngs,
     ):
         how = dict(
@@ -100,6 +101,9 @@ class LLaVA(nnx.Module):
             self.language_model.image_newline = nnx.Param(newline)
         self.config = config
         self.look_up = look_up
+        for _, module in nnx.iter_graph(self):
+            if isinstance(module, nnx.Linear):
+                module.dot_general = dot_general
 
     def __call__(
         self,
