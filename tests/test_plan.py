@@ -588,10 +588,15 @@ def test_a_missing_compiler_is_answered_with_how_to_install_it(name, command, mo
         targets.prepare(name)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
     environment = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -632,8 +637,8 @@ def small(tmp_path) -> str:
     return f"--config={tmp_path / 'small.py'}"
 
 
-def plan(*arguments: str) -> tuple[subprocess.CompletedProcess, dict]:
-    result = run("-m", "llava_jax.plan", *arguments, "--json")
+def plan(*arguments: str, timeout: int = 300) -> tuple[subprocess.CompletedProcess, dict]:
+    result = run("-m", "llava_jax.plan", *arguments, "--json", timeout=timeout)
     assert result.stdout, result.stderr
     lines = result.stdout.splitlines()
     return result, json.loads(lines[-1]) if lines[-1].startswith("{") else {}
@@ -668,6 +673,42 @@ def test_a_step_that_does_not_fit_ends_with_16_and_advice(small):
     result, _ = plan(small, "--topology=v5e:3x3")
     assert result.returncode == 10
     assert "libtpu knows no such slice" in result.stderr
+
+
+@pytest.mark.skipif(
+    not targets.importlib.util.find_spec("libtpu"), reason="the extra [plan] is not installed"
+)
+def test_slices_hold_a_copy_of_the_model_each(small):
+    result, _ = plan(small, "--topology=2xv5e:2x2")
+    assert result.returncode == 10
+    assert result.stdout.splitlines()[1] == "8 x TPU v5 lite, 15.75 GiB each, 197 TFLOP/s bfloat16"
+    assert "mesh.data=1 cannot span 2 TPU slices" in result.stderr
+    assert "set mesh.data to 2, 4 or 8" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not targets.importlib.util.find_spec("libtpu"), reason="the extra [plan] is not installed"
+)
+def test_between_slices_gradients_are_sent(small):
+    result, told = plan(small, "--topology=2xv5e:2x2", "--config.mesh.data=2", "--config.data.batch_size=8")
+    assert result.returncode == 0, result.stderr
+    assert told["mesh"]["data"] == 2 and told["num_devices"] == 8
+    # What trains, a quarter on each chip of a slice, in bfloat16 or float32.
+    assert told["parameters_gib"] / 2 < told["collectives"]["send"]["gib"] < 3 * told["parameters_gib"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not targets.importlib.util.find_spec("libtpu"), reason="the extra [plan] is not installed"
+)
+def test_tpus_compiler_takes_every_rematerialisation(small):
+    result, told = plan(small, "--topology=v5e:2x2", "--search", "--config.data.batch_size=8", timeout=1500)
+    assert result.returncode == 0, result.stderr
+    tried = [line.split() for line in result.stdout.splitlines() if line.startswith("  remat ")]
+    assert [words[1] for words in tried] == ["none", "minimal", "dots", "full", "offload"]
+    assert {words[8] for words in tried} == {"fits"}
+    assert told["remat"] == "none" and told["rows_per_device"] == 2
 
 
 def test_running_out_of_memory_is_answered_with_what_takes_it_and_what_helps(

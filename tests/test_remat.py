@@ -15,7 +15,7 @@ from llava_jax.kernels import einsum_attention
 from llava_jax.kernels.attention import Placement, attention
 from llava_jax.models.llama import Llama
 from llava_jax.models.stack import REMAT_POLICIES
-from llava_jax.step import bind, model_settings
+from llava_jax.step import bind, can_offload, model_settings
 
 L, B, T = 2, 2, 24
 TEXT = TextConfig(
@@ -91,3 +91,5 @@ def test_offloading_without_memory_of_the_host_is_refused():
     config = Config(train=TrainConfig(remat="offload"))
     with pytest.raises(ConfigError, match="memory of the host that a toy reads; use 'full'"):
         model_settings(config, lambda x: x, Placement(mesh, rows=("a",), heads="b"))
+    # A GPU that is only described does not tell of the host's memory.
+    assert can_offload(SimpleNamespace(platform="gpu", addressable_memories=lambda: []))
