@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from transformers import AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -17,6 +18,7 @@ from llava_jax.convert.opening import open_model, open_parts
 from llava_jax.convert.ours import write_model
 from llava_jax.convert.projector_file import write_projector
 from llava_jax.convert.source import Leaf
+from llava_jax.convert.tokenizer_files import copy_tokenizer
 from llava_jax.convert.vocabulary import EMBEDDING, with_mean_rows
 from llava_jax.data.conversation import IMAGE_TOKEN, tokenize
 from llava_jax.data.templates import TEMPLATES
@@ -243,6 +245,35 @@ def test_a_tokenizer_with_more_tokens_than_its_decoder_gets_rows_for_them(
     (tmp_path / "more/added_tokens.json").write_text(json.dumps(added | {"<im_end>": 600}))
     with pytest.raises(DataError, match=r"gives <im_end> the id 600.*makes it 515"):
         load_tokenizer(str(tmp_path / "more"), MARKERS)
+
+
+def test_copied_tokenizers_have_the_tokens_in_all_their_files(tiny_model, tmp_path):
+    """Beside a tokenizer.model the <image> and <pad> of llava-hf, whose ids the new tokens take, are left out."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.model").write_bytes(Path(load_tokenizer(tiny_model).path).read_bytes())
+    names = {"512": {"content": "<image>"}, "513": {"content": "<pad>"}, "2": {"content": "</s>"}}
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": names, "legacy": False})
+    )
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, []))
+    bpe.add_special_tokens(["</s>"])
+    bpe.save(str(source / "tokenizer.json"))
+    copies = tmp_path / "both", tmp_path / "json"
+    for copy in copies:
+        copy.mkdir()
+    copy_tokenizer(str(source), copies[0], MARKERS)
+    assert not (copies[0] / "tokenizer.json").exists()  # in which the ids would be 2 and 3
+    assert json.loads((copies[0] / "added_tokens.json").read_text()) == {"<im_start>": 512, "<im_end>": 513}
+    settings = json.loads((copies[0] / "tokenizer_config.json").read_text())
+    assert {id: token["content"] for id, token in settings["added_tokens_decoder"].items()} == {
+        "2": "</s>",
+        "512": "<im_start>",
+        "513": "<im_end>",
+    }
+    copy_tokenizer(str(source / "tokenizer.json"), copies[1], MARKERS)
+    alone = tokenizers.Tokenizer.from_file(str(copies[1] / "tokenizer.json"))
+    assert [alone.token_to_id(token) for token in MARKERS] == [2, 3]
 
 
 def test_an_adapter_cannot_hold_new_rows(marked_recipe, tmp_path):

@@ -95,5 +95,5 @@ def _add_to_json(file: Path, ids: dict[str, int]) -> None:
     )
     if all(tokenizer.token_to_id(token) == id for token, id in ids.items()):
         tokenizer.save(str(file))
-    else:
+    elif file.with_name("tokenizer.model").exists():
         file.unlink()
