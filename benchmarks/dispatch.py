@@ -87,7 +87,11 @@ def measure(num_steps: int = NUM_STEPS, warm: int = WARM, group: int = GROUP) ->
         Recorder.add, Program.train_step = add, train_step
     marks = times[warm::group]
     per_step = [1e3 * (end - begin) / group for begin, end in zip(marks, marks[1:], strict=False)]
-    return {"dispatch_ms": statistics.median(per_step), "dispatch_ms_highest": max(per_step), "leaves": leaves[0]}
+    return {
+        "dispatch_ms": statistics.median(per_step),
+        "dispatch_ms_highest": max(per_step),
+        "leaves": leaves[0],
+    }
 
 
 def main() -> None:

@@ -131,7 +131,9 @@ def main() -> None:
     """Prints the table and, if asked, the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--sizes", default="tiny,small", help=f"of {', '.join(WORKLOADS)}, with commas between")
+    parser.add_argument(
+        "--sizes", default="tiny,small", help=f"of {', '.join(WORKLOADS)}, with commas between"
+    )
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--peers", default=",".join(PEERS), help="variants of the other side to choose from")

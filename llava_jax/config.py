@@ -579,7 +579,9 @@ class TrainConfig:
     accumulation_steps: int = 1
     dtype: str = "bfloat16"  # of the computation; trained parameters are always float32
     frozen_dtype: str = "bfloat16"  # in which frozen parameters are kept
-    attention: str = "auto"  # or flash_tpu, splash, mosaic_gpu, cudnn, xla, xla_cpu, reference (kernels/attention.py)
+    attention: str = (
+        "auto"  # or flash_tpu, splash, mosaic_gpu, cudnn, xla, xla_cpu, reference (kernels/attention.py)
+    )
     # What the backward pass recomputes: full (most), dots (attention and elementwise steps), minimal (only these; offload
     # keeps what that keeps in the host's memory), none; auto: the least that fits the devices' memory.
     remat: str = "full"

@@ -94,8 +94,9 @@ def choose(q: jax.Array, *, segmented: bool, itself: bool, placement: Placement 
         return "flash_tpu"
     if platform == "gpu" and not _cudnn_refuses(q, segmented):
         return "cudnn"
-    single = placement is None or placement.mesh.size == 1
-    return "xla_cpu" if platform == "cpu" and single and einsum == "reference" else einsum
+    if platform == "cpu" and einsum == "reference" and (placement is None or placement.mesh.size == 1):
+        return "xla_cpu"
+    return einsum
 
 
 def check_platform(implementation: str, platform: str) -> None:
@@ -183,6 +184,12 @@ def _cudnn_refuses(q: jax.Array, segmented: bool) -> str:
 
 
 EINSUMS = {"reference": reference, "xla": chunked}
-KERNELS = {"flash_tpu": _flash_tpu, "splash": _splash, "mosaic_gpu": _mosaic_gpu, "cudnn": _cudnn, "xla_cpu": _xla_cpu}
+KERNELS = {
+    "flash_tpu": _flash_tpu,
+    "splash": _splash,
+    "mosaic_gpu": _mosaic_gpu,
+    "cudnn": _cudnn,
+    "xla_cpu": _xla_cpu,
+}
 PLATFORMS = {"flash_tpu": "tpu", "splash": "tpu", "mosaic_gpu": "gpu", "cudnn": "gpu", "xla_cpu": "cpu"}
 assert set(ATTENTIONS) == {"auto", *EINSUMS, *KERNELS}
