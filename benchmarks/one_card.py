@@ -27,7 +27,14 @@ PARTS = {
     "step": (
         [
             ["step_gpu", "--limit=150", TRACE],
-            ["step_gpu", "--rows=4", "--remat=minimal", "--moments=float32,bfloat16", "--only=ours,plan", TRACE],
+            [
+                "step_gpu",
+                "--rows=4",
+                "--remat=minimal",
+                "--moments=float32,bfloat16",
+                "--only=ours,plan",
+                TRACE,
+            ],
         ],
         500,
     ),
