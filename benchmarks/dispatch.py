@@ -7,6 +7,7 @@ main thread is counted, which neither waits nor other threads disturb.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -86,7 +87,7 @@ def measure(num_steps: int = NUM_STEPS, warm: int = WARM, group: int = GROUP) ->
     finally:
         Recorder.add, Program.train_step = add, train_step
     marks = times[warm::group]
-    per_step = [1e3 * (end - begin) / group for begin, end in zip(marks, marks[1:], strict=False)]
+    per_step = [1e3 * (end - begin) / group for begin, end in itertools.pairwise(marks)]
     return {
         "dispatch_ms": statistics.median(per_step),
         "dispatch_ms_highest": max(per_step),

@@ -132,10 +132,8 @@ def main() -> None:
     side, name, dtype, directory = sys.argv[1:]
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     workload = WORKLOADS[name]
-    if side == "ours":
-        step = our_step(workload, dtype, directory)
-    else:
-        step = peer_step(workload, dtype, directory, side)
+    what = workload, dtype, directory
+    step = our_step(*what) if side == "ours" else peer_step(*what, side)
     number, peak = 0, 0.0
     for line in sys.stdin:
         begin = time.perf_counter()

@@ -56,7 +56,7 @@ _attend.defvjp(_forward, _backward)
 
 def _mask(q, K: int, segment_ids, causal: bool) -> jax.Array | None:
     """Which keys a query sees, bool[C or 1, R, S]; None: all."""
-    B, T, N, _ = q.shape
+    _, T, N, _ = q.shape
     mask = jnp.tril(jnp.ones((1, T, T), bool)) if causal else None
     if segment_ids is not None:
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -83,7 +83,7 @@ def _columns(x: jax.Array, K: int) -> jax.Array:
 
 def _unrows(x: jax.Array, like: jax.Array) -> jax.Array:
     """float32[C, R, H] -> [B, T, N, H] as `like`."""
-    B, T, N, H = like.shape
+    B, T, _, H = like.shape
     x = x.astype(like.dtype).reshape(B, len(x) // B, -1, T, H)
     return x.transpose(0, 3, 1, 2, 4).reshape(like.shape)
 
