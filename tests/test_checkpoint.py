@@ -65,10 +65,12 @@ def test_without_digests_damage_is_restored_silently(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "find_damage", lambda *_, **__: None)
     save_steps(tmp_path, 1, 2)
     damaged = array_file(tmp_path / "2")
-    data = bytearray(damaged.read_bytes())
-    data[len(data) // 2] ^= 1
-    damaged.write_bytes(data)
-    assert corruption.restored_step(tmp_path) is None
+    whole, restored = damaged.read_bytes(), []
+    for place in range(0, len(whole), len(whole) // 8):  # some are noticed: lengths, compressed indexes
+        damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with contextlib.suppress(CheckpointError):
+            restored.append(corruption.restored_step(tmp_path))
+    assert None in restored
 
 
 def test_the_damaged_file_is_named_and_the_checkpoint_before_it_is_continued(tmp_path, capsys):
