@@ -49,9 +49,12 @@ def assert_same(whole: Path, broken: Path, stages=("",)) -> None:
         assert all(np.array_equal(weights[name], value) for name, value in parameters(whole, stage).items())
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_run_continues_from_every_step_with_the_same_bits(
-    tiny_recipe, shapes_dataset, tmp_path, compiled_once, accumulation
+@pytest.mark.parametrize(
+    ("accumulation", "every"),
+    [(2, 3), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(2, 1, marks=pytest.mark.slow)],
+)
+def test_a_run_continues_from_its_steps_with_the_same_bits(
+    tiny_recipe, shapes_dataset, tmp_path, compiled_once, accumulation, every
 ):
     num_samples = 8 * STEPS_PER_EPOCH
     tiny_recipe.checkpoint.update(save_steps=1, save_total_limit=None)
@@ -68,7 +71,7 @@ def test_a_run_continues_from_every_step_with_the_same_bits(
     trainer.run(recipe, whole)
     assert saved_steps(whole / "checkpoints/finetune") == list(range(1, 2 * STEPS_PER_EPOCH + 1))
 
-    for stage, last in [(stage, step) for stage in stages for step in range(1, 2 * STEPS_PER_EPOCH + 1)]:
+    for stage, last in [(s, step) for s in stages for step in range(1, 2 * STEPS_PER_EPOCH + 1, every)]:
         shutil.rmtree(broken, ignore_errors=True)
         shutil.copytree(whole, broken)
         for later in stages[stages.index(stage) + 1 :]:
