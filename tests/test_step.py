@@ -1,5 +1,7 @@
 """What a step casts, how often, and that the network computes the same with it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,14 +48,18 @@ def batch():
     }
 
 
+@functools.cache
+def parameters() -> dict[str, jax.Array]:
+    return random_parameters(MODEL, 0, set(abstract_model(MODEL)[1]))
+
+
 def make_step(cast_once: bool):
     """A bfloat16 network's step, with plain descent, and its first state."""
-    graphdef, abstract = abstract_model(MODEL, dtype=jnp.bfloat16)
+    graphdef, _ = abstract_model(MODEL, dtype=jnp.bfloat16)
     optimizer = optax.sgd(1e-2)
-    parameters = random_parameters(MODEL, 0, set(abstract))
     dtype = jnp.bfloat16 if cast_once else jnp.float32  # else layers cast what they read
     step = make_train_step(graphdef, optimizer, LossConfig(), dtype=dtype)
-    return step, TrainState(jnp.int32(0), parameters, optimizer.init(parameters))
+    return step, TrainState(jnp.int32(0), parameters(), optimizer.init(parameters()))
 
 
 def test_casting_once_per_step_changes_no_bit(batch):
@@ -99,11 +105,10 @@ TOWER = 12  # the width of its MLP, which nothing else has
 
 def products_in_tower(remat: str, trains: str, batch) -> int:
     """The matrix products of the tower's MLP that a step has if the parameters train whose names start so."""
-    graphdef, abstract = abstract_model(MODEL, remat=remat)
+    graphdef, _ = abstract_model(MODEL, remat=remat)
     optimizer = optax.sgd(1e-2)
-    parameters = random_parameters(MODEL, 0, set(abstract))
-    trainable = {name: value for name, value in parameters.items() if name.startswith(trains)}
-    frozen = {name: value for name, value in parameters.items() if name not in trainable}
+    trainable = {name: value for name, value in parameters().items() if name.startswith(trains)}
+    frozen = {name: value for name, value in parameters().items() if name not in trainable}
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable))
     step = make_train_step(graphdef, optimizer, LossConfig())
     program = jax.make_jaxpr(step)(state, frozen, jax.tree.map(lambda x: x[:1], batch)).jaxpr
