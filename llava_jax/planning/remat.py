@@ -37,6 +37,7 @@ class Choice:
 
 
 def with_remat(config: Config, remat: str) -> Config:
+    """The config with another `train.remat`."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
 
 
