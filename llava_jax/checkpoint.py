@@ -26,7 +26,7 @@ from llava_jax.watchdog import Watchdog
 
 _SET_ASIDE = "set_aside"
 _SAVE_TIMEOUT = 3600  # seconds after which orbax gives up a save
-_OUTCOME_TIMEOUT = 30.0  # seconds for the others to say how a save went, after it has ended here
+_OUTCOME_TIMEOUT = 30.0  # seconds for the others to say how a save went, after it has failed here
 # Orbax touches these two after the digests are written; nothing that is restored depends on them.
 _NOT_DIGESTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -214,7 +214,8 @@ class Checkpoints:
             self.saving = self.failure = None
 
     def _require_agreement(self, error: Exception | None) -> None:
-        """Raises CheckpointError when a save failed on this process, but not on others: they may still wait for it."""
+        """Raises CheckpointError when a save failed on this process alone: the others may still wait for it. All
+        processes call it at the end of a save."""
         try:
             timeout = _OUTCOME_TIMEOUT if error else _SAVE_TIMEOUT
             outcomes = exchange(f"checkpoint {self.saving}", error is None, timeout)

@@ -29,6 +29,7 @@ HARMLESS = (
     "train.compiled_dir",
     "checkpoint.",
     "name",
+    "init.change_template",
     "data.path",  # what the files hold is told by the pipeline's fingerprint
     "data.image_folder",
     "data.dataset_dir",
