@@ -54,10 +54,23 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> jax.A
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotates feature i together with feature i + H/2. x float[B, T, N, H], positions int[B, T] -> like x."""
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H / 2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+class Rotation(NamedTuple):
+    """What positions do to queries and keys, computed once for all layers and heads."""
+
+    cos: jax.Array  # float32[B, T, 1, H / 2]
+    sin: jax.Array  # float32[B, T, 1, H / 2]
+
+
+def rotation_at(config: TextConfig, positions: jax.Array) -> Rotation:
+    """positions int[B, T] -> their Rotation."""
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def apply_rope(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates feature i together with feature i + H/2. x float[B, T, N, H] -> like x."""
+    cos, sin = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -76,17 +89,15 @@ class Attention(nnx.Module):
         self.config = config
         self.attention = attention
 
-    def __call__(self, x, positions, segment_ids, cache=None):
+    def __call__(self, x, rotation, segment_ids, cache=None):
         """x float[B, T, D] -> float[B, T, D], and with a layer's cache (keys, values, kv_segment_ids, slot)
         the updated (keys, values)."""
-        config = self.config
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
         def heads(y):
-            return y.reshape(*y.shape[:2], -1, config.head_dim)
+            return y.reshape(*y.shape[:2], -1, self.config.head_dim)
 
-        q = apply_rope(heads(self.q_proj(x)), positions, frequencies)  # [B, T, N, H]
-        k = apply_rope(heads(self.k_proj(x)), positions, frequencies)  # [B, T, K, H]
+        q = apply_rope(heads(self.q_proj(x)), rotation)  # [B, T, N, H]
+        k = apply_rope(heads(self.k_proj(x)), rotation)  # [B, T, K, H]
         v = heads(self.v_proj(x))
         if cache is None:
             out = self.attention(q, k, v, causal=True, segment_ids=segment_ids)
@@ -123,8 +134,8 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, positions, segment_ids, cache=None):
-        attended, cache = self.self_attn(self.input_layernorm(x), positions, segment_ids, cache)
+    def __call__(self, x, rotation, segment_ids, cache=None):
+        attended, cache = self.self_attn(self.input_layernorm(x), rotation, segment_ids, cache)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
@@ -163,9 +174,10 @@ class Llama(nnx.Module):
 
     def __call__(self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """embeddings float[B, T, D], positions and segment_ids int[B, T] -> hidden float[B, T, D]."""
+        rotation = rotation_at(self.config, positions)
 
         def call(block, x, _):
-            x, _ = block(x, positions, segment_ids)
+            x, _ = block(x, rotation, segment_ids)
             return self.constrain(x), None
 
         x = self.constrain(embeddings)
@@ -177,9 +189,10 @@ class Llama(nnx.Module):
         kv_segment_ids = jax.lax.dynamic_update_slice_in_dim(
             cache.segment_ids, segment_ids, cache.length, axis=1
         )
+        rotation = rotation_at(self.config, positions)
 
         def call(block, x, layer_cache):
-            return block(x, positions, segment_ids, (*layer_cache, kv_segment_ids, cache.length))
+            return block(x, rotation, segment_ids, (*layer_cache, kv_segment_ids, cache.length))
 
         x, (keys, values) = run_stack(
             call,
