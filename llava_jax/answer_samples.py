@@ -18,30 +18,22 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.questions import Question, make_questions, readable
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer
-from llava_jax.errors import ConfigError, DataError
+from llava_jax.errors import DataError
 from llava_jax.evaluation import ask, compared
 from llava_jax.generation import Generator
 from llava_jax.metrics import write_atomically
 from llava_jax.processes import is_first
 from llava_jax.step import abstract_tuned_model
-from llava_jax.tuning import layer_spans
 
 
 class AnswerSamples:
     """Asks `evaluate.samples` questions of each evaluation set, spread over its samples with images if it has any.
 
     Answers go to STEP.jsonl in `directory`, and index.html shows those of all steps beside the pictures; process 0
-    writes. Raises ConfigError for a decoder that cannot generate while it trains, DataError for sets of which nothing
-    can be asked.
+    writes. Raises DataError for sets of which nothing can be asked.
     """
 
     def __init__(self, config: Config, sets: dict[str, Pipeline], tokenizer: Tokenizer, directory: Path):
-        if "language_model" in layer_spans(config):
-            raise ConfigError(
-                f"evaluate.samples={config.evaluate.samples} generates while the stage trains, which a decoder of which "
-                f"some layers train (tune.language_model_layers={config.tune.language_model_layers!r}) cannot; set "
-                "evaluate.samples=0. evaluate.predict_with_generate answers when the last stage has ended."
-            )
         self.config = config
         self.tokenizer = tokenizer
         self.processor = ImageProcessor.from_config(config.data, config.model)

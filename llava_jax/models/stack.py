@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 _OFFLOAD = "device", "pinned_host"
@@ -56,9 +57,9 @@ class CutStack(nnx.Module):
             setattr(self, f"{begin}:{end}", nnx.merge(graphdef, part))
         self.spans = tuple(spans)
 
-    def parts(self) -> list[nnx.Module]:
-        """The stacks that follow each other."""
-        return [getattr(self, f"{begin}:{end}") for begin, end in self.spans]
+    def parts(self) -> list[tuple[tuple[int, int], nnx.Module]]:
+        """The ranges and their stacks, as they follow each other."""
+        return [((begin, end), getattr(self, f"{begin}:{end}")) for begin, end in self.spans]
 
 
 def run_stack(
@@ -68,13 +69,14 @@ def run_stack(
 
     remat: "none" keeps all activations for the backward pass, the others follow REMAT_POLICIES. A stack in which, and
     before which, nothing trains keeps and recomputes nothing in any case.
-    A CutStack, which is only trained, takes no `per_layer`.
     """
     if isinstance(blocks, CutStack):
-        assert per_layer is None
-        for part in blocks.parts():
-            x, _ = run_stack(call, part, x, remat=remat, unroll=unroll)
-        return x, None
+        outs = []
+        for (begin, end), part in blocks.parts():
+            inputs = jax.tree.map(lambda leaf, begin=begin, end=end: leaf[begin:end], per_layer)
+            x, out = run_stack(call, part, x, per_layer=inputs, remat=remat, unroll=unroll)
+            outs.append(out)
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
     graphdef, params = nnx.split(blocks)
 
     def body(x, layer):
