@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.config import VisionConfig
+from llava_jax.models.linear import Linear
 from llava_jax.models.stack import run_stack, stack
 
 # openai/clip-vit-large-patch14-336, preprocessor_config.json.
@@ -44,7 +45,7 @@ class Attention(nnx.Module):
     """Self-attention among the patches of one image."""
 
     def __init__(self, config: VisionConfig, *, attention: Callable, dtype, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        linear = partial(Linear, config.hidden_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = linear(), linear(), linear(), linear()
         self.head_dim = config.head_dim
         self.attention = attention
@@ -61,8 +62,8 @@ class MLP(nnx.Module):
     """Two layers with the activation between."""
 
     def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: jax.Array) -> jax.Array:

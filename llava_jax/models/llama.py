@@ -14,6 +14,7 @@ from flax import nnx
 
 from llava_jax.config import RopeScaling, TextConfig
 from llava_jax.kernels.attention import attention
+from llava_jax.models.linear import Linear
 from llava_jax.models.stack import run_stack, stack
 
 
@@ -81,7 +82,7 @@ class Attention(nnx.Module):
     def __init__(self, config: TextConfig, *, attention: Callable, dtype, rngs: nnx.Rngs):
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
-        linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        linear = partial(Linear, dtype=dtype, rngs=rngs)
         self.q_proj = linear(D, N * H, use_bias=config.attention_bias != "none")
         self.k_proj = linear(D, K * H, use_bias=config.attention_bias != "none")
         self.v_proj = linear(D, K * H, use_bias=config.attention_bias != "none")
@@ -116,7 +117,7 @@ class MLP(nnx.Module):
     """SwiGLU."""
 
     def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        linear = partial(Linear, use_bias=False, dtype=dtype, rngs=rngs)
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)

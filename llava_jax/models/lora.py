@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llava_jax.models.linear import keepable
 from llava_jax.models.quantization import QuantizableLinear
 
 DROPOUT_KEY = "dropout_key"
@@ -22,7 +23,7 @@ class LoraLinear(QuantizableLinear):
     """x W + bias + scale * dropout(x) A B, where W is the kernel of the layer that it is made of.
 
     The parameters A [D, r] and B [r, F] are float32 and take part in the layer's dtype. `dropout` is a share;
-    above 0 the caller puts a key into `dropout_key` before each pass.
+    above 0 the caller puts a key into `dropout_key` before each pass. Of the two products alone the sum can be kept.
     """
 
     def __init__(self, linear: nnx.Linear, *, rank: int, scale: float, dropout: float):
@@ -37,12 +38,12 @@ class LoraLinear(QuantizableLinear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[..., D] -> float[..., F]."""
-        y = super().__call__(x)
+        y = self.product(x)
         x, a, b = self.promote_dtype((x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype)
         if self.dropout:
             kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
-        return y + x @ a @ b * self.scale
+        return keepable(y + keepable(x @ a) @ b * self.scale)
 
 
 def add_lora(

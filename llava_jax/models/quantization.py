@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from llava_jax.config import LoraConfig
+from llava_jax.models.linear import Linear
 from llava_jax.tuning import NF4_BLOCK as BLOCK
 
 # The values of bitsandbytes' NF4 (Appendix E of the paper).
@@ -189,17 +190,17 @@ def _from_nf4(codes: jax.Array) -> jax.Array:
     return values[0]
 
 
-class QuantizableLinear(nnx.Linear):
-    """nnx.Linear, made of one, that never keeps what it unpacks of a quantised kernel for the backward pass."""
+class QuantizableLinear(Linear):
+    """A linear layer, made of one, that never keeps what it unpacks of a quantised kernel for the backward pass."""
 
     def __init__(self, linear: nnx.Linear):
         for name, value in vars(linear).items():
             if not name.startswith("_"):
                 setattr(self, name, value)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float[..., D] -> float[..., F]."""
-        product = super().__call__
+    def product(self, x: jax.Array) -> jax.Array:
+        """x W + bias: float[..., D] -> float[..., F]."""
+        product = super().product
         if isinstance(self.kernel, QuantizedKernel):
             # The two passes are loops of their own, so that XLA cannot merge what they unpack.
             product = jax.checkpoint(product, prevent_cse=False)

@@ -6,32 +6,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_OFFLOAD = "device", "pinned_host"
+from llava_jax.models.linear import PRODUCT
+
 _policies = jax.checkpoint_policies
-_dots, _attention = (
-    _policies.dots_with_no_batch_dims_saveable,  # of matrices, not of queries with keys
-    _policies.save_only_these_names("attention"),  # its output and, of kernels, the log-sum-exp
-)
-_offloaded_dots, _offloaded_attention = (
-    _policies.offload_dot_with_no_batch_dims(*_OFFLOAD),
-    _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["attention"],
-        offload_src=_OFFLOAD[0],
-        offload_dst=_OFFLOAD[1],
-    ),
-)
-
-
-def _offload(primitive, *inputs, **parameters):
-    policy = _offloaded_attention if primitive.name == "name" else _offloaded_dots
-    return policy(primitive, *inputs, **parameters)
-
-
+_ATTENTION = "attention"  # its output and, of kernels, the log-sum-exp
 REMAT_POLICIES = {  # what the backward pass finds kept of a block, beside its input; it recomputes the rest
-    "minimal": _policies.save_from_both_policies(_dots, _attention),  # recomputes elementwise steps alone
-    "offload": _offload,  # the same, in the host's memory
-    "dots": _dots,  # recomputes attention too
+    "minimal": _policies.save_only_these_names(PRODUCT, _ATTENTION),  # recomputes elementwise steps alone
+    "offload": _policies.save_and_offload_only_these_names(  # the same, in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PRODUCT, _ATTENTION],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "dots": _policies.save_only_these_names(PRODUCT),  # recomputes attention too
     "full": _policies.nothing_saveable,
 }
 

@@ -12,8 +12,8 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 def saved_bytes(config: Config, rows: int, length: int) -> int:
     """What a device keeps of the decoder for the backward pass, for that many rows of a microbatch.
 
-    remat="full" keeps the input of each block, "dots" also the outputs of its matrices, "minimal" also attention's. Adapters
-    have outputs of their own. With "offload" the inputs alone are on the device.
+    remat="full" keeps the input of each block, "dots" also the outputs of its linear layers, "minimal" also attention's;
+    of an adapter what A gives. With "offload" the inputs alone are on the device.
     """
     text, size = config.model.text, _BYTES[config.train.dtype]
     D, F, H = text.hidden_size, text.intermediate_size, text.head_dim
@@ -23,7 +23,7 @@ def saved_bytes(config: Config, rows: int, length: int) -> int:
     elif config.train.remat == "none":
         return rows * length * text.num_hidden_layers * _unrecomputed(config, attention)
     else:
-        width = 2 * D + attention + 2 * F + sum(_adapter_widths(config))
+        width = 2 * D + attention + 2 * F + config.lora.rank * len(_adapted(config))
         if config.train.remat == "dots":
             width -= text.num_attention_heads * H
     return rows * length * text.num_hidden_layers * width * size
@@ -42,14 +42,6 @@ def _unrecomputed(config: Config, attention: int) -> int:
     if config.lora.dropout:  # of each adapter another, and a byte that says what it dropped
         kept += (size + 1) * sum(inputs for inputs, _ in adapted.values())
     return kept
-
-
-def _adapter_widths(config: Config) -> list[int]:
-    """Of the decoder's adapters what the products with A and B give; what the block ends with is not kept."""
-    adapted = _adapted(config)
-    return [
-        config.lora.rank + (outputs if name != "down_proj" else 0) for name, (_, outputs) in adapted.items()
-    ]
 
 
 def _adapted(config: Config) -> dict[str, tuple[int, int]]:
