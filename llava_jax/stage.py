@@ -186,7 +186,6 @@ class Loop:
         self.meta = meta
         self.recorder = recorder
         self.validation = validation
-        self.compilations = Compilations()
         self.keeps_best = stage.config.train.load_best_model_at_end
         if self.keeps_best:
             checkpoints.ranking = validation.ranking()
@@ -219,8 +218,8 @@ class Loop:
         agree = Agreement(self.program.mesh)
         batches = self.stage.pipeline.iterate(first_step, num_steps)
         profiler = StepProfiler(self.stage.config.train.profiled, self._trace_directory())
-        request, closing = StopRequest(), contextlib.closing
-        with closing(request), closing(profiler), closing(self.compilations):
+        request, counts, closing = StopRequest(), Compilations(), contextlib.closing
+        with closing(request), closing(profiler), closing(counts):
             for step in range(first_step + 1, num_steps + 1):
                 profiler.before(step)
                 before = time.monotonic()
@@ -228,7 +227,7 @@ class Loop:
                     batch = next(batches)
                 # As long as the device still computes the step before, it does not wait.
                 data_wait = time.monotonic() - before if state.step.is_ready() else 0.0
-                state, metrics = self._call(train_step, state, batch)
+                state, metrics = self._call(train_step, state, batch, counts)
                 profiler.after(step, metrics)
                 if (
                     step == first_step + 1
@@ -296,9 +295,11 @@ class Loop:
             trainable = self.checkpoints.restore_parameters(path, abstract.trainable)
         return dataclasses.replace(state, trainable=trainable)
 
-    def _call(self, train_step: Callable, state: TrainState, batch: dict[str, np.ndarray]):
+    def _call(
+        self, train_step: Callable, state: TrainState, batch: dict[str, np.ndarray], counts: Compilations
+    ):
         """A step. The first with a shape compiles; any other only hands over work."""
-        placed, counts = place_batch(self.program.mesh, batch), self.compilations
+        placed = place_batch(self.program.mesh, batch)
         began, num_programs, num_found = time.monotonic(), counts.num_programs, counts.num_found
         result = train_step(state, self.frozen, placed)
         if counts.num_programs > num_programs:
