@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import plan_table
+from benchmarks import plan_table, scaling
 
 CHIPS = {"2x2": 4, "2x4": 8, "8x8": 64}
 
@@ -108,3 +108,27 @@ def test_state_that_is_not_spread_is_noticed():
     plan_table.require_even_state([plan, plan])
     with pytest.raises(AssertionError):
         plan_table.require_even_state([plan, whole])
+
+
+def test_what_scaling_tells_is_of_one_chip(monkeypatch, capsys):
+    def plan(flags):
+        flags = dict(flag[2:].split("=", 1) for flag in flags)
+        assert (flags["topology"], flags["config.data.batch_size"]) == ("v5e:2x4", "16")
+        return {
+            "num_devices": 8,
+            "parameters_gib": 0.5,
+            "moments_gib": 1.0,
+            "frozen_gib": 0.25,
+            "peak_gib": 3.0,
+            "flops_per_step": 8e12,
+            "collectives": {
+                "all-gather": {"gib": 2.0},
+                "collective-permute": {"gib": 1.0},
+                "all-reduce": {"gib": 0.5},
+            },
+        }
+
+    monkeypatch.setattr(scaling, "run_plan", plan)
+    monkeypatch.setattr(sys, "argv", ["scaling", "--slices", "2x4"])
+    scaling.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "| v5e:2x4 | 8 | 1.75 | 3.00 | 3.00 | 0.50 | 1.00 |"
