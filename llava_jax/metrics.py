@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -82,9 +83,11 @@ class Progress:
 
     def show(self, row: dict) -> None:
         step, start = self.since
-        seconds_per_step = (time.monotonic() - start) / max(1, row["step"] - step)
-        eta = seconds_per_step * (self.num_steps - row["step"])
-        if not self.compiled:  # the first row holds the compilation; later rows do not count it
+        seconds = time.monotonic() - start - (0 if self.compiled else row.get("compile_seconds", 0.0))
+        eta = seconds / max(1, row["step"] - step) * (self.num_steps - row["step"])
+        if (
+            not self.compiled
+        ):  # nor is the first step, which is slow in other ways, too, counted in later rows
             self.compiled = True
             self.since = row["step"], time.monotonic()
         line = (
@@ -169,8 +172,8 @@ def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     return smoothed
 
 
-def plot_loss(rows: list[dict], path: Path, *, key: str = "loss") -> None:
-    """Draws a loss over steps, one panel per stage, raw and smoothed."""
+def plot_loss(rows: list[dict], path: Path, *, keys: Sequence[str] = ("loss",)) -> None:
+    """Draws losses over steps, one panel per stage, raw and smoothed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -179,14 +182,15 @@ def plot_loss(rows: list[dict], path: Path, *, key: str = "loss") -> None:
     stages = list(dict.fromkeys(row.get("stage", "") for row in rows))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(5 * len(stages), 4), squeeze=False)
     for stage, axis in zip(stages, axes[0], strict=True):
-        mine = [row for row in rows if row.get("stage", "") == stage and row.get(key) is not None]
-        if not mine:  # every step was skipped, or nothing evaluated
-            continue
-        steps, losses = zip(*((row["step"], row[key]) for row in mine), strict=True)
-        axis.plot(steps, losses, alpha=0.35, label=key)
-        axis.plot(steps, smooth(list(losses)), label="smoothed")
-        axis.set(title=stage or path.stem.replace("_", " "), xlabel="step", ylabel=key)
-        axis.legend()
+        for number, key in enumerate(keys):
+            mine = [row for row in rows if row.get("stage", "") == stage and row.get(key) is not None]
+            if not mine:  # every step was skipped, or nothing evaluated
+                continue
+            steps, losses = zip(*((row["step"], row[key]) for row in mine), strict=True)
+            axis.plot(steps, losses, color=f"C{number}", alpha=0.35)
+            axis.plot(steps, smooth(list(losses)), color=f"C{number}", label=f"{key}, smoothed")
+            axis.legend()
+        axis.set(title=stage or path.stem.replace("_", " "), xlabel="step", ylabel=keys[0])
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from llava_jax.config import OptimizerConfig
+from llava_jax.config import SCHEDULES, OptimizerConfig
 from llava_jax.optimizers.adafactor import scale_by_adafactor
 from llava_jax.optimizers.averaging import average_parameters, averaged_parameters
 from llava_jax.optimizers.muon import scale_by_muon_and
@@ -56,6 +56,24 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     if config.ema_decay is not None:
         steps.append(average_parameters(config.ema_decay))
     return optax.chain(*steps)
+
+
+def described(config: OptimizerConfig) -> str:
+    """The optimizer in words, with the settings that its name and schedule do not tell."""
+    parts = [config.name, f"{config.schedule} schedule"]
+    if "warmup_ratio" in SCHEDULES[config.schedule]:
+        warmup = (
+            f"{config.warmup_ratio:g} of the run"
+            if config.warmup_steps is None
+            else f"{config.warmup_steps} steps"
+        )
+        parts.append(f"warmup {warmup}")
+    if config.moment_dtype != "float32":
+        parts.append(f"moments in {config.moment_dtype}")
+    parts.append(f"clipped at {config.max_grad_norm:g}" if config.max_grad_norm else "not clipped")
+    if config.ema_decay is not None:
+        parts.append(f"average of parameters with decay {config.ema_decay:g}")
+    return ", ".join(parts)
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:

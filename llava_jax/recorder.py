@@ -150,9 +150,11 @@ class Recorder:
             if name != "eval_runtime"
         )
         print(f"{self.stage or 'step'} {step}: {told}", flush=True)
-        for answer in answers[:_ANSWERS_SHOWN]:
+        for answer in _some_of_each_set(answers):
             asked, label, said = (_shortened(answer[key]) for key in ("asked", "label", "predict"))
-            print(f"  {asked} -> {said} (expected {label})", flush=True)
+            print(
+                f"  {answer['set']}{answer['set'] and ': '}{asked} -> {said} (expected {label})", flush=True
+            )
         if answers:
             for reporter in self.log.reporters:
                 reporter.append_answers(step, answers)
@@ -231,6 +233,13 @@ class Recorder:
         ids = np.concatenate(self.data.step_rows(step - 1))
         names = [self.data.dataset[int(id)].name for id in ids[:_SAMPLES_NAMED]]
         return ", ".join(names) + (f" and {len(ids) - len(names)} more" if len(ids) > len(names) else "")
+
+
+def _some_of_each_set(answers: Sequence[dict]) -> list[dict]:
+    """A few answers, from as many sets as there are."""
+    sets = dict.fromkeys(answer["set"] for answer in answers)
+    per_set = max(1, _ANSWERS_SHOWN // max(1, len(sets)))
+    return [each for name in sets for each in [a for a in answers if a["set"] == name][:per_set]]
 
 
 def _mean(metrics: list[dict], key: str) -> float | None:

@@ -22,7 +22,7 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.errors import CheckpointError, StoppedError
 from llava_jax.interruption import StopRequest
 from llava_jax.metrics import MetricsLog
-from llava_jax.optimizer import averaged_parameters
+from llava_jax.optimizer import averaged_parameters, described
 from llava_jax.planning.peaks import peak_flops
 from llava_jax.processes import exchange, from_first
 from llava_jax.profiling import StepProfiler
@@ -101,6 +101,8 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
         checkpoints.close()
         watchdog.close()
     results = _results(stage, stage.rows(log), spent)
+    if results["steps"] < stage.num_steps:
+        results["stopped_early_after"] = validation.ranking()[0]
     stage.write_state(log, results["steps"], validation, results)
     return results
 
@@ -249,6 +251,13 @@ class Loop:
                     )
                 if ended:
                     break
+        if step < num_steps:
+            best, metric = self.validation.ranking()[0], self.stage.config.train.metric_for_best_model
+            print(
+                f"{self.stage.name or 'The run'} stops early, after step {step:,} of {num_steps:,}: no evaluation since "
+                f"step {best:,} had a better {metric} (train.early_stopping_patience).",
+                flush=True,
+            )
 
     def _save(self, state: TrainState, step: int, *, stop: bool = False, ended: bool = False) -> None:
         """Saves the state after a step. The stage's last one is waited for, and has the best parameters if asked."""
@@ -355,6 +364,7 @@ def _print_plan(stage: Stage, program: Program, saved_step: int) -> None:
     print(f"  an epoch's rows of tokens x images: {listed}; each shape is compiled once", flush=True)
     for line in table(config, program.abstract_trainable(), program.abstract_frozen()):
         print(f"  {line}", flush=True)
+    print(f"  {described(config.optimizer)}", flush=True)
 
 
 def _results(stage: Stage, rows: list[dict], spent: dict[str, float]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer, require_room
 from llava_jax.final_evaluation import answer_at_end, check_asked
 from llava_jax.metrics import Counter, MetricsLog
+from llava_jax.model_card import write_model_card
 from llava_jax.planning.out_of_memory import explain_out_of_memory
 from llava_jax.planning.remat import settle
 from llava_jax.processes import agree, code_version, from_first, is_first, together, wait_for_all
@@ -145,7 +146,7 @@ def _run_stages(
         report.write_training(workdir, results, log.rows())
     answer_at_end(stages[-1], weights, tokenizer, mesh, workdir)
     if is_first():
-        report.write_model_card(workdir, recipe, {stage.name: stage.pipeline.summary() for stage in stages})
+        write_model_card(workdir, recipe, {stage.name: stage.pipeline.summary() for stage in stages})
         if last.export.layout:
             _export(weights, last, workdir)
     print(f"Done: {workdir}", flush=True)
@@ -207,7 +208,14 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, wor
     samples = None
     if config.evaluate.samples and sets:
         samples = AnswerSamples(config, sets, tokenizer, workdir / "answers" / name)
-    return Stage(name, config, pipeline, sets, checkpoint_directory(workdir, name), samples)
+    stage = Stage(name, config, pipeline, sets, checkpoint_directory(workdir, name), samples)
+    profiled = config.train.profiled
+    if profiled and profiled.start > stage.num_steps:
+        raise ConfigError(
+            f"train.profile_steps={config.train.profile_steps} begins after the last of {stage.num_steps:,} steps; "
+            "nothing would be traced."
+        )
+    return stage
 
 
 def _load_tokenizer(weights: ModelSource) -> Tokenizer:

@@ -250,14 +250,15 @@ def table(config: Config, trainable: Mapping, frozen: Mapping) -> list[str]:
         if trained:
             line += f"{trained:>15,} train at {rates[module]:g}"
             line += f", weight decay {decays[module]:g}" if decays[module] else ""
-            line += f": {_form(module, config)}"
+            line += f": {described_form(module, config)}"
         else:
             line += "frozen"
         lines.append(line)
     return lines
 
 
-def _form(module: str, config: Config) -> str:
+def described_form(module: str, config: Config) -> str:
+    """In which form a module trains, in words."""
     mode = getattr(config.tune, module)
     whole = [*split_names(getattr(config.tune, f"{module}_modules", ""))]
     if mode == "full":

@@ -58,6 +58,7 @@ FLOORS = (
     ("weights",),
     (
         "generation",
+        "model_card",
         "planning",
         "report",
         "run_adapter",

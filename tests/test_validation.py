@@ -103,7 +103,7 @@ def worse_every_time(monkeypatch):
 
 
 def test_a_stage_that_stalls_ends_with_its_best_parameters_also_when_it_is_continued(
-    tiny_recipe, tmp_path, monkeypatch, worse_every_time
+    tiny_recipe, tmp_path, monkeypatch, worse_every_time, capsys
 ):
     tiny_recipe.data.val_size = 8
     tiny_recipe.checkpoint.update(save_steps=1, save_total_limit=1)
@@ -125,6 +125,14 @@ def test_a_stage_that_stalls_ends_with_its_best_parameters_also_when_it_is_conti
     assert all(np.array_equal(last[name], value) for name, value in best.items())
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert (results["steps"], results["best_step"], results["eval_loss"]) == (4, 2, 1.0)
+    assert results["stopped_early_after"] == 2
+    assert "stops early, after step 4 of 5: no evaluation since step 2 had a" in capsys.readouterr().out
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        "language_model: full. adamw, cosine schedule, warmup 0.03 of the run, not clipped. Stopped early"
+        in card
+    )
+    assert "| `eval_loss` | 1.0000 |" in card
     trainer.run(recipe, tmp_path)  # has ended
     assert worse_every_time == [1, 2, 3, 4]
 
@@ -169,7 +177,7 @@ def check_answers(workdir, said: str) -> None:
     assert [[(row["set"], row["sample"]) for row in rows] for rows in steps] == [samples] * 2
     page = (workdir / "answers/index.html").read_text()
     assert page.count("<article>") == 4 and page.count("data:image/jpeg;base64,") == 4
-    assert f"  {steps[1][0]['asked']!r} -> {steps[1][0]['predict']!r} (expected" in said
+    assert f"  a: {steps[1][0]['asked']!r} -> {steps[1][0]['predict']!r} (expected" in said
 
     rows = [json.loads(line) for line in (workdir / "generated_predictions.jsonl").read_text().splitlines()]
     assert [row["set"] for row in rows] == ["a"] * 8 + ["b"] * 8
@@ -217,6 +225,12 @@ def test_the_best_metric_must_be_one_that_is_reported(tiny_recipe, tmp_path):
         eval_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_seen_loss"
     )
     with pytest.raises(ConfigError, match="'eval_seen_loss' is not one of 'eval_loss'"):
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
+
+
+def test_steps_that_are_never_reached_cannot_be_traced(tiny_recipe, tmp_path):
+    tiny_recipe.train.update(max_steps=5, profile_steps="6:8")
+    with pytest.raises(ConfigError, match="6:8 begins after the last of 5 steps"):
         trainer.run(parse(tiny_recipe), tmp_path / "run")
 
 
