@@ -38,7 +38,9 @@ class AnswerSamples:
         self.tokenizer = tokenizer
         self.processor = ImageProcessor.from_config(config.data, config.model)
         self.directory = directory
-        self.questions = {name: self._choose(name, data) for name, data in sets.items()}
+        self.questions = choose_questions(
+            config, sets, tokenizer, config.evaluate.samples, "evaluate.samples"
+        )
 
     def answer(self, step: int, parameters: dict[str, jax.Array], mesh: Mesh) -> list[dict]:
         """Asks the stage's network with all its parameters, those after `step`; -> question and answer by row."""
@@ -89,29 +91,43 @@ class AnswerSamples:
         files = [self.directory / f"{step}.jsonl" for step in self._steps()]
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
-    def _choose(self, name: str, data: Pipeline) -> list[Question]:
-        asked, positions = self.config.evaluate, self.config.model.text.max_position_embeddings
-        chosen, problems = [], []
-        for id in _in_order_of_choice(data, asked.samples):
-            questions, wrong = make_questions(
-                data.dataset,
-                [id],
-                get_template(self.config.data.template),
-                self.tokenizer,
-                self.processor,
-                max_length=positions - asked.max_new_tokens,
-            )
-            questions, unreadable = readable(questions, self.processor)
-            chosen += questions
-            problems += wrong + unreadable
-            if len(chosen) == asked.samples:
-                break
-        if not chosen:
-            raise DataError(
-                f"evaluate.samples={asked.samples}: nothing of the evaluation set{name and f' {name}'} can be asked; "
-                f"{problems[0]}"
-            )
-        return chosen
+
+def choose_questions(
+    config: Config, sets: dict[str, Pipeline], tokenizer: Tokenizer, count: int, key: str
+) -> dict[str, list[Question]]:
+    """At most `count` questions of each evaluation set, spread over its samples with images if it has any.
+
+    key: the setting that asks. Raises DataError for sets of which nothing can be asked.
+    """
+    return {name: _choose(config, name, data, tokenizer, count, key) for name, data in sets.items()}
+
+
+def _choose(
+    config: Config, name: str, data: Pipeline, tokenizer: Tokenizer, count: int, key: str
+) -> list[Question]:
+    processor = ImageProcessor.from_config(config.data, config.model)
+    max_length = config.model.text.max_position_embeddings - config.evaluate.max_new_tokens
+    chosen, problems = [], []
+    for id in _in_order_of_choice(data, count):
+        questions, wrong = make_questions(
+            data.dataset,
+            [id],
+            get_template(config.data.template),
+            tokenizer,
+            processor,
+            max_length=max_length,
+        )
+        questions, unreadable = readable(questions, processor)
+        chosen += questions
+        problems += wrong + unreadable
+        if len(chosen) == count:
+            break
+    if not chosen:
+        raise DataError(
+            f"{key}={getattr(config.evaluate, key.partition('.')[2])}: nothing of the evaluation set{name and f' {name}'} "
+            f"can be asked; {problems[0]}"
+        )
+    return chosen
 
 
 def _in_order_of_choice(data: Pipeline, count: int) -> list[int]:

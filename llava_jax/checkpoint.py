@@ -279,15 +279,12 @@ class Checkpoints:
             )
         if damage := self._find_damage(path):
             raise CheckpointError(f"{key} is damaged: {damage}. Name another one.")
-        if not read_meta(path)["optimizer"] or step_of(path) > num_steps:
+        obstacle = what_prevents_training(read_meta(path))
+        if step_of(path) > num_steps:
+            obstacle = f"is of a later step than this stage's last, {num_steps}"
+        if obstacle:
             raise CheckpointError(
-                f"{key} cannot be continued: it "
-                + (
-                    f"is of a later step than this stage's last, {num_steps}"
-                    if read_meta(path)["optimizer"]
-                    else "was saved without the optimizer's moments"
-                )
-                + ". Name another one, or start a new run from it with init.model."
+                f"{key} cannot be continued: it {obstacle}. Name another one, or start a new run from it with init.model."
             )
         return path
 
@@ -305,7 +302,7 @@ class Checkpoints:
             damage = find_damage(path, later=_NOT_DIGESTED, process_index=index, process_count=count)
             if count > 1 and multihost_utils.process_allgather(np.array(damage is not None)).any():
                 return damage or "another process found which file"
-        return damage
+        return damage or _misnamed(path)
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -322,7 +319,7 @@ def step_of(path: Path) -> int:
 
 def verified_steps(directory: Path) -> Iterator[int]:
     """The steps of good checkpoints, newest first. Reads every file of one to say so, and tells of damaged ones."""
-    return _verified(directory, lambda path: find_damage(path, later=_NOT_DIGESTED))
+    return _verified(directory, lambda path: find_damage(path, later=_NOT_DIGESTED) or _misnamed(path))
 
 
 def read_meta(path: Path) -> dict:
@@ -331,6 +328,22 @@ def read_meta(path: Path) -> dict:
         return json.loads((path / "meta/metadata").read_text())
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
+
+
+def what_prevents_training(meta: dict) -> str | None:
+    """Why training cannot go on from the checkpoint beside which `meta` lies; None: it can."""
+    if not meta["optimizer"]:
+        return "was saved without the optimizer's moments"
+    if meta.get("averaged"):
+        return "ended its stage with the average of the parameters (optimizer.ema_decay) in their place"
+    if meta.get("evaluated_as", meta["step"]) != meta["step"]:
+        return f"ended its stage with the parameters of step {meta['evaluated_as']} (train.load_best_model_at_end)"
+    return None
+
+
+def _misnamed(path: Path) -> str | None:
+    step = read_meta(path)["step"]
+    return None if step == step_of(path) else f"it holds the state after step {step}"
 
 
 def _verified(directory: Path, find_damage: Callable[[Path], str | None]) -> Iterator[int]:

@@ -510,8 +510,8 @@ class OptimizerConfig:
             f"optimizer.warmup_ratio={self.warmup_ratio} is a share of the run: 0 to 1.",
         )
         require(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            f"optimizer.warmup_steps={self.warmup_steps} must not be negative.",
+            self.warmup_steps is None or 0 <= self.warmup_steps < 2**31,
+            f"optimizer.warmup_steps={self.warmup_steps} is no number of steps: 0 or more, below 2^31.",
         )
         require(
             0 < self.decay_ratio <= 1,
@@ -520,8 +520,8 @@ class OptimizerConfig:
         self._check_all_is_read("name", OPTIMIZERS)
         self._check_all_is_read("schedule", SCHEDULES)
         require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            f"optimizer.max_grad_norm={self.max_grad_norm} must be positive; None switches clipping off.",
+            self.max_grad_norm is None or 0 < self.max_grad_norm < math.inf,
+            f"optimizer.max_grad_norm={self.max_grad_norm} must be positive and finite; None switches clipping off.",
         )
 
     def _check_all_is_read(self, choice: str, readers: dict[str, tuple[str, ...]]) -> None:

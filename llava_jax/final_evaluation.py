@@ -5,7 +5,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from llava_jax import report
-from llava_jax.answer_samples import usable_samples
+from llava_jax.answer_samples import choose_questions, usable_samples
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import ConfigError
@@ -27,6 +27,8 @@ def check_asked(stages: list[Stage], tokenizer: Tokenizer) -> None:
                 f"evaluate.{key} answers samples that are kept out of training, but there are none; set data.val_size, "
                 f"data.eval_path or data.eval_dataset{of_which}."
             )
+    if last.evaluate.predict_with_generate:
+        choose_questions(last, stages[-1].evaluations, tokenizer, 1, "evaluate.predict_with_generate")
 
 
 def answer_at_end(

@@ -23,18 +23,26 @@ class MetricsLog:
         self.read_only = read_only
         self.reporters = []  # who is told every row, besides
         self.unwritten = ""  # what found no room yet
+        self.told: set[str] = set()  # lines that are no rows
 
     def rows(self) -> list[dict]:
-        """All rows; what a dying process wrote of a last one is left out."""
+        """All rows. What a dying process wrote of a last one is left out; any other line that is no row is told."""
         rows = []
         text = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
-        for line in text.splitlines():
+        for line in text.splitlines(keepends=True):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                break
-            if isinstance(row, dict) and "step" in row:
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
+            elif line.endswith("\n") and line not in self.told:
+                self.told.add(line)
+                print(
+                    f"{self.path}: a line is no row and left out: {line.strip()[:80]!r}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         return rows
 
     def forget_after(self, stage: str, step: int) -> None:

@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from llava_jax.checkpoint import saved_steps
 from llava_jax.config import Config, split_names
 from llava_jax.config_values import to_json
-from llava_jax.digests import DIGESTS
 from llava_jax.errors import CheckpointError, ConfigError
 from llava_jax.metrics import MetricsLog, write_json
 from llava_jax.recipe import Recipe
@@ -67,7 +67,7 @@ def open_run_directory(recipe: Recipe, workdir: Path) -> contextlib.AbstractCont
         lock = RunLock(workdir)
         try:
             anew = _overwrite(recipe, workdir)
-            if any(workdir.glob(f"checkpoints/**/{DIGESTS}")):
+            if _holds_checkpoints(workdir):
                 _check_same_run(path, asked, anew)
             write_json(path, asked)
         except BaseException:
@@ -78,6 +78,13 @@ def open_run_directory(recipe: Recipe, workdir: Path) -> contextlib.AbstractCont
             f"The run directory {workdir} cannot be written ({error.strerror}); choose another --workdir."
         ) from error
     return lock
+
+
+def _holds_checkpoints(workdir: Path) -> bool:
+    """Whether any stage has saved something, be it damaged."""
+    root = workdir / "checkpoints"
+    stages = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
+    return any(saved_steps(directory) for directory in stages)
 
 
 def _overwrite(recipe: Recipe, workdir: Path) -> list[str]:

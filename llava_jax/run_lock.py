@@ -27,7 +27,7 @@ class RunLock:
     def __init__(self, workdir: Path):
         self.path = workdir / ".lock"
         self.released = threading.Event()
-        self.file = self.path.open("a+")
+        self.file = self.path.open("a+", errors="replace")
         try:
             self._acquire()
         except InUseError:

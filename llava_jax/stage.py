@@ -17,9 +17,10 @@ from llava_jax.answer_samples import AnswerSamples
 from llava_jax.checkpoint import Checkpoints, read_meta, saved_steps, step_of
 from llava_jax.compiler import Compilations
 from llava_jax.config import Config
+from llava_jax.continuation import evaluated_sets, facts, require_same, require_training_state
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.errors import CheckpointError, StoppedError
+from llava_jax.errors import StoppedError
 from llava_jax.interruption import StopRequest
 from llava_jax.metrics import MetricsLog
 from llava_jax.optimizer import averaged_parameters, described
@@ -88,14 +89,24 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
     try:
         start = checkpoints.starting_point(stage.num_steps)
         first_step = step_of(start) if start else 0
-        rows = [row for row in stage.rows(log) if row["step"] <= first_step]
+        evaluated = evaluated_sets(stage.evaluations, start)
+        rows = [row for row in stage.rows(log) if evaluated["since"] < row["step"] <= first_step]
         history = from_first("the evaluations so far", list(evaluations(rows).items()))
         validation = Validation(stage.config.train, stage.evaluations, stage.num_steps, dict(history))
         if not (start and validation.has_ended(first_step, read_meta(start))):
+            if start and first_step < stage.num_steps:
+                require_training_state(start)
             program = Program(stage.config, mesh, stage.num_steps)
             _print_plan(stage, program, first_step)
             spent = _train(
-                stage, program, before_stage(weights, stage.config), log, checkpoints, start, validation
+                stage,
+                program,
+                before_stage(weights, stage.config),
+                log,
+                checkpoints,
+                start,
+                validation,
+                evaluated,
             )
     finally:
         checkpoints.close()
@@ -115,13 +126,14 @@ def _train(
     checkpoints: Checkpoints,
     start: Path | None,
     validation: Validation,
+    evaluated: dict,
 ) -> dict[str, float]:
     """Trains and evaluates what is left to do. -> seconds of what no row tells."""
     config = stage.config
     frozen, checksums = _load_frozen(weights, program)
-    meta = {"dataset": stage.pipeline.fingerprint, "frozen": checksums}
+    meta = facts(config, stage.pipeline, checksums, evaluated)
     if start:
-        _check_meta(read_meta(start), meta, start)
+        require_same(start, meta)
     first_step = step_of(start) if start else 0
     for pipeline in (stage.pipeline, *stage.evaluations.values()):
         pipeline.bad_samples.write()
@@ -264,7 +276,8 @@ class Loop:
         meta = self.meta | {"step": step}
         with self.recorder.spending("checkpoint"):
             if not stop and (ended or self.stage.config.checkpoint.save_only_model):
-                state = _averaged(state)  # nothing is trained further from here
+                trained, state = state, _averaged(state)  # nothing is trained further from here
+                meta["averaged"] = state is not trained
             if ended and not stop:
                 best = self._best(step)
                 meta["evaluated_as"] = best
@@ -332,20 +345,6 @@ def _averaged(state: TrainState) -> TrainState:
 def _peak_flops(mesh: Mesh) -> float | None:
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     return peak and peak * mesh.size
-
-
-def _check_meta(found: dict, expected: dict, path: Path) -> None:
-    if found["dataset"] != expected["dataset"]:
-        raise CheckpointError(
-            f"{path} was trained on other data: the records, the sizes or presence of their images, the tokenizer or "
-            "the data settings have changed since. Restore them, or start anew with another --workdir."
-        )
-    changed = [name for name, crc in expected["frozen"].items() if found["frozen"].get(name) != crc]
-    if changed:
-        raise CheckpointError(
-            f"{path} was trained with other frozen weights: {changed[0]} and {len(changed) - 1} more have changed since. "
-            "Put back what init.* names, or start anew with another --workdir."
-        )
 
 
 def _print_plan(stage: Stage, program: Program, saved_step: int) -> None:

@@ -69,7 +69,8 @@ def run(recipe: Recipe, workdir: Path) -> None:
             check_adapter(recipe.stages, last.export.layout)
         elif last.export.layout:
             check_layout(last.model, last.export.layout)
-    agree(code_version() | _settings(recipe) | _fingerprints(stages))
+    devices = {"the number of devices": jax.local_device_count()}
+    agree(code_version() | devices | _settings(recipe) | _fingerprints(stages))
     with _open_run_directory(recipe, workdir):
         _run_stages(recipe, stages, weights, tokenizer, mesh, workdir)
 
@@ -209,6 +210,10 @@ def _make_stage(name: str, config: Config, tokenizer: Tokenizer, mesh: Mesh, wor
     if config.evaluate.samples and sets:
         samples = AnswerSamples(config, sets, tokenizer, workdir / "answers" / name)
     stage = Stage(name, config, pipeline, sets, checkpoint_directory(workdir, name), samples)
+    if stage.num_steps >= 2**31:
+        raise ConfigError(
+            f"{stage.num_steps:,} steps are more than can be counted; lower train.max_steps or num_epochs."
+        )
     profiled = config.train.profiled
     if profiled and profiled.start > stage.num_steps:
         raise ConfigError(

@@ -358,7 +358,7 @@ def test_the_average_equals_torchs():
         ({"min_lr_ratio": 0.1}, "choose one of cosine_with_min_lr, warmup_stable_decay"),
         ({"schedule": "constant", "warmup_steps": 10}, "warmup_steps=10 reaches nothing"),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must lie in 0 to 1"),
-        ({"warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 is no number of steps"),
     ],
 )
 def test_settings_that_reach_nothing_are_refused(settings, message):

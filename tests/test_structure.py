@@ -57,6 +57,7 @@ FLOORS = (
     ("checkpoint", "saved_parameters", "program", "starting_adapters", "tuned_weights"),
     ("weights",),
     (
+        "continuation",
         "generation",
         "model_card",
         "planning",

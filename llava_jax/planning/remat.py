@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from llava_jax.program import Program
 # "offload" is none of them: whether it beats "full" depends on the way to the host, which no compiler knows.
 LIGHTEST_FIRST = ("none", "minimal", "dots", "full")
 WITHOUT_LIMIT = "full"  # where devices do not tell how much memory they have
+_KEYS = ("remat", "needed_gib", "hbm_gib", "conditions")  # of a stage in the record
 USABLE = 0.95  # of the memory; batches that wait, buffers of collectives and fragmentation take some too
 
 
@@ -85,7 +87,7 @@ def settle(
     if is_first():
         sizes = {remat: needed / GIB for remat, needed in choice.needed.items()}
         limit = choice.limit and choice.limit / GIB
-        entry = {"remat": choice.remat, "needed_gib": sizes, "hbm_gib": limit, "conditions": conditions}
+        entry = dict(zip(_KEYS, (choice.remat, sizes, limit, conditions), strict=True))
         write_json(record, kept | {stage: entry})
     return with_remat(config, choice.remat)
 
@@ -102,7 +104,20 @@ def _conditions(config: Config, mesh: Mesh) -> dict:
 
 
 def _read(record: Path) -> dict:
-    return json.loads(record.read_text()) if is_first() and record.exists() else {}
+    """What is kept, by stage; of a file that cannot be read, nothing."""
+    if not (is_first() and record.exists()):
+        return {}
+    try:
+        return {
+            stage: {key: kept[key] for key in _KEYS} for stage, kept in json.loads(record.read_text()).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print(
+            f"{record} cannot be read ({error!r}); train.remat=auto is chosen anew.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return {}
 
 
 def _limit() -> int | None:
