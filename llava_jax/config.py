@@ -6,6 +6,7 @@ import math
 import re
 
 from llava_jax.errors import ConfigError
+from llava_jax.known_names import explain_value
 
 
 def require(condition: bool, message: str) -> None:
@@ -21,12 +22,12 @@ def _positive(section: str, config, *keys: str) -> None:
 
 
 def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ConfigError, with the nearest name, unless `value` is one of the choices."""
+    """Raises ConfigError, with what it is called here or the nearest name, unless `value` is one of the choices."""
     if value in choices:
         return
     near = difflib.get_close_matches(value, choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"{key}={value!r} is not one of {', '.join(map(repr, choices))}.{hint}")
+    hint = explain_value(key, value) or (f"Did you mean {near[0]!r}?" if near else "")
+    raise ConfigError(f"{key}={value!r} is not one of {', '.join(map(repr, choices))}. {hint}".rstrip())
 
 
 @dataclasses.dataclass(frozen=True)

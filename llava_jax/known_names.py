@@ -1,12 +1,14 @@
-"""Names that people know from other trainers, and what they are called here: for messages and for docs/names.md."""
+"""Names and values that people know from other trainers, and what they are here: for messages and for docs/names.md."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 
 @dataclasses.dataclass(frozen=True)
 class Counterpart:
-    """What a name is called here: settings or flags, none where there is no such thing; and what differs, or why."""
+    """What a name or a value is here (settings or flags; values), nothing where there is no such thing; and what differs,
+    or why."""
 
     ours: tuple[str, ...]
     note: str = ""
@@ -26,6 +28,13 @@ _COMPONENTS = (
     "a run directory or a Hugging Face directory of ours is opened whole, as init.model or in its parts"
 )
 
+_SHARE = "below 1 it is a share of the stage: 0.25 is four times"
+_EACH_EPOCH = "1 / train.num_epochs, 0.5 of two epochs"
+_LAST_SAVED = (
+    "the last step is always saved, so with one epoch give a number above the stage's steps (1 is every step)"
+)
+_LAST_EVALUATED = "the last step is always evaluated, so with one epoch leave it out (1 is every step)"
+
 # What each name means elsewhere is told by the heading it stands under.
 TABLE: dict[str, dict[str, Counterpart]] = {
     "Model": {
@@ -44,6 +53,12 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "mm_projector_type": _is("model.projector_type", note="mlp2x_gelu unless set, not linear"),
         "connector_type": _is("model.projector_type"),
         "mm_patch_merge_type": _is("model.patch_merge_type"),
+        "mm_vision_resampler": _none("a projector is linear layers (model.projector_type)"),
+        "image_grid_pinpoints": _is(
+            "model.image_grid_pinpoints",
+            note="with data.image_aspect_ratio='anyres'; sizes are (width, height)",
+        ),
+        "rope_scaling": _is("model.text.rope_scaling.rope_type", note="default, linear or llama3"),
         "mm_use_im_start_end": _is(
             "model.use_im_start_end", note="model.text.vocab_size counts the two tokens"
         ),
@@ -59,6 +74,10 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "flash_attn": _is("train.attention"),
         "trust_remote_code": _none("no code of a model repository is ever run"),
         "use_cache": _none("training keeps no cache of keys and values, and generation always does"),
+        "use_unsloth": _none("every step is compiled"),
+        "enable_liger_kernel": _none(
+            "the loss needs no switch: logits exist for supervised tokens alone, loss.chunk_size at a time"
+        ),
         "torch_dtype": _is("train.dtype", "train.frozen_dtype", note="trained parameters are always float32"),
         "bf16": _is("train.dtype", note='"bfloat16", which it is unless set'),
         "fp16": _is("train.dtype", note="bfloat16 or float32; float16 would need loss scaling"),
@@ -97,6 +116,10 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "tune_vision_tower_from_layer": _is(
             "tune.vision_tower_layers", note="a slice: '12:' for from layer 12 on, with 'partial'"
         ),
+        "tune_embed_tokens": _is(
+            "tune.language_model_modules",
+            note="\"embed_tokens\", with tune.language_model='partial' or 'lora'",
+        ),
         "lora_enable": _is("tune.language_model", note='"lora"'),
         "lora_r": _is("lora.rank"),
         "lora_rank": _is("lora.rank"),
@@ -110,10 +133,13 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "lora_weight_path": _is("init.adapters", note="the original reads it and does nothing with it"),
         "use_rslora": _is("lora.rslora"),
         "use_dora": _none("DoRA does not exist here yet"),
+        "pissa_init": _none("adapters begin as LoRA's do: A is drawn, B is zero"),
+        "use_llama_pro": _none("no layers are added"),
         "create_new_adapter": _is("lora.create_new_adapter"),
         "loraplus_lr_ratio": _is("optimizer.loraplus_lr_ratio"),
     },
     "Data": {
+        "data": _is("data.path"),
         "data_path": _is("data.path"),
         "dataset": _is("data.dataset"),
         "dataset_dir": _is("data.dataset_dir"),
@@ -128,7 +154,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "video_maxlen": _is("data.video_frames", note="so many frames, evenly spread"),
         "version": _is("data.template", note="v1, plain, ...; v1 unless set"),
         "conv_version": _is("data.template"),
-        "template": _is("data.template"),
+        "template": _is("data.template", note="LLaMA-Factory's `default` is not the one here"),
         "model_max_length": _is("data.max_length", note="image features included; 2048 unless set, not 512"),
         "cutoff_len": _is("data.max_length"),
         "max_seq_length": _is("data.max_length"),
@@ -154,6 +180,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "nothing is preprocessed in batches; packing is planned for a whole epoch"
         ),
         "dataloader_num_workers": _is("data.num_threads", note="threads, not processes"),
+        "dataloader_pin_memory": _none("batches are sent to the devices ahead of their step"),
         "dataloader_drop_last": _none(
             "the last step of an epoch has the samples that are left, with empty rows beside them"
         ),
@@ -169,10 +196,16 @@ TABLE: dict[str, dict[str, Counterpart]] = {
     "Optimizer": {
         "optim": _is("optimizer.name", note="adamw, adamw_8bit, adafactor, lion, muon or sgd"),
         "learning_rate": _is("optimizer.learning_rate"),
+        "lr": _is("optimizer.learning_rate"),
         "mm_projector_lr": _is("optimizer.projector_learning_rate"),
         "mm_vision_tower_lr": _is("optimizer.vision_tower_learning_rate"),
         "vision_tower_lr": _is("optimizer.vision_tower_learning_rate"),
         "lr_scheduler_type": _is("optimizer.schedule", note="by the same names"),
+        "lr_scheduler_kwargs": _is(
+            "optimizer.min_lr_ratio",
+            "optimizer.decay_ratio",
+            note="of cosine_with_min_lr and warmup_stable_decay; as shares of the peak rate and of the run",
+        ),
         "warmup_ratio": _is("optimizer.warmup_ratio", note="0.03 unless set, not 0"),
         "warmup_steps": _is("optimizer.warmup_steps"),
         "weight_decay": _is("optimizer.weight_decay"),
@@ -183,6 +216,20 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "optimizer.max_grad_norm",
             note="no clipping unless set, as in the original under DeepSpeed, not 1.0",
         ),
+        "use_galore": _none(
+            "adamw_8bit and adafactor are the optimizers with small moments (optimizer.name)"
+        ),
+        "galore_target": _none("GaLore does not exist here"),
+        "use_apollo": _none(
+            "adamw_8bit and adafactor are the optimizers with small moments (optimizer.name)"
+        ),
+        "use_badam": _none("adamw_8bit and adafactor are the optimizers with small moments (optimizer.name)"),
+        "use_adam_mini": _none(
+            "adamw_8bit and adafactor are the optimizers with small moments (optimizer.name)"
+        ),
+        "use_muon": _is("optimizer.name", note='"muon"'),
+        "neftune_noise_alpha": _none("no noise is added to embeddings"),
+        "label_smoothing_factor": _none("labels are not smoothed"),
         "moe_enable": _none("there are no mixtures of experts here"),
     },
     "Run": {
@@ -193,6 +240,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             note="throws away checkpoints; without it the same command continues the run",
         ),
         "num_train_epochs": _is("train.num_epochs"),
+        "epochs": _is("train.num_epochs"),
         "max_steps": _is("train.max_steps"),
         "per_device_train_batch_size": _is("data.batch_size", note=_ROWS),
         "gradient_accumulation_steps": _is(
@@ -204,10 +252,14 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "resume_from_checkpoint": _is(
             "checkpoint.resume_from_checkpoint", note="the newest good one unless set"
         ),
-        "save_steps": _is("checkpoint.save_steps"),
-        "save_strategy": _is(
-            "checkpoint.save_steps", note="0.25 is four times per stage; the last step is always saved"
+        "ignore_data_skip": _none(
+            "a continued run goes on with the next sample at once, and reads none again"
         ),
+        "save_steps": _is("checkpoint.save_steps", note=_SHARE),
+        "save_strategy": _is(
+            "checkpoint.save_steps", note=f"{_SHARE}; 'epoch' is {_EACH_EPOCH}; {_LAST_SAVED}"
+        ),
+        "save_safetensors": _is("export.layout", note="exports always are; checkpoints/ is orbax's format"),
         "save_total_limit": _is("checkpoint.save_total_limit", note="2 unless set"),
         "save_only_model": _is("checkpoint.save_only_model"),
         "load_best_model_at_end": _is("train.load_best_model_at_end"),
@@ -230,9 +282,13 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "do_eval": _is(
             "data.val_size", "data.eval_dataset", note="where there is data to evaluate on, it is evaluated"
         ),
-        "eval_strategy": _is("train.eval_steps", note="0.25 is four times per stage"),
-        "evaluation_strategy": _is("train.eval_steps", note="0.25 is four times per stage"),
-        "eval_steps": _is("train.eval_steps"),
+        "eval_strategy": _is(
+            "train.eval_steps", note=f"{_SHARE}; 'epoch' is {_EACH_EPOCH}; {_LAST_EVALUATED}"
+        ),
+        "evaluation_strategy": _is(
+            "train.eval_steps", note=f"{_SHARE}; 'epoch' is {_EACH_EPOCH}; {_LAST_EVALUATED}"
+        ),
+        "eval_steps": _is("train.eval_steps", note=_SHARE),
         "per_device_eval_batch_size": _is("data.batch_size", note="for evaluation too; " + _ROWS),
         "compute_accuracy": _none("eval_token_accuracy is always reported"),
         "predict_with_generate": _is(
@@ -242,7 +298,9 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "do_predict": _is(
             "evaluate.predict_with_generate", note="or python -m llava_jax.evaluate --data=FILE"
         ),
-        "max_new_tokens": _is("evaluate.max_new_tokens"),
+        "max_new_tokens": _is(
+            "evaluate.max_new_tokens", "--max_new_tokens", note="a flag of generate and evaluate"
+        ),
         "push_to_hub": _none("README.md and export/ are written for you to upload; nothing is sent anywhere"),
         "export_dir": _is("export.layout", note="written to export/ in --workdir"),
         "stage": _none(
@@ -260,6 +318,30 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "nnodes": _is("--num_processes"),
         "ddp_timeout": _is("train.hang_timeout_minutes"),
         "torch_compile": _none("every step is compiled"),
+        "ddp_find_unused_parameters": _none("gradients exist for what trains alone"),
+    },
+    "Asking a model": {
+        "model-path": _is("--model", note="of generate and evaluate"),
+        "model-base": _none(
+            "a run by LoRA knows its base; for an adapter alone, tools/convert_weights.py merge-lora"
+        ),
+        "image-file": _is("--image", note="of generate; repeated for several"),
+        "query": _is("--prompt", note="of generate"),
+        "conv-mode": _is("--template", note="of generate and evaluate; the model's own unless set"),
+        "question-file": _is("--questions", note="of evaluate, whose lines hold the right answers too"),
+        "answers-file": _is("--predictions", note="of evaluate"),
+        "num-chunks": _none("evaluate asks --batch_size questions at a time"),
+        "chunk-idx": _none("evaluate asks --batch_size questions at a time"),
+        "load-8bit": _none("models answer in --dtype; lora.quantization is for training"),
+        "load-4bit": _none("models answer in --dtype; lora.quantization is for training"),
+        "do_sample": _is(
+            "--temperature", note="of generate: above 0 draws, 0 does not; other answers are never drawn"
+        ),
+        "temperature": _is("--temperature", note="of generate; 0 unless set: the likeliest tokens"),
+        "top_p": _is("--top_p", note="of generate"),
+        "top_k": _none("--temperature and --top_p of generate say how tokens are drawn"),
+        "num_beams": _none("answers are not searched for with beams"),
+        "repetition_penalty": _none("tokens are drawn as the model scores them"),
     },
     "Code": {
         "BaseTrainingRecipe": _none(
@@ -313,12 +395,232 @@ TABLE: dict[str, dict[str, Counterpart]] = {
     },
 }
 
-_COUNTERPARTS = {name: counterpart for names in TABLE.values() for name, counterpart in names.items()}
+_V1_WORDS = "its words are v1's, its answers end in another token; no template here is that"
+_OTHER_DECODER = "for decoders that do not run here"
+_OWN_TEMPLATE = "no template here writes its turns"
+_BFLOAT16 = "float16 would need loss scaling; bfloat16 has as many bits"
+_NO_OPTIMIZER = "adamw, adamw_8bit, adafactor, lion, muon and sgd are the optimizers"
+_QUANTIZED_HERE = "kernels are read unquantised and become int8 or nf4 as they are loaded"
+_PAGED = "sharding.offload_moments keeps moments in the host's memory"
+_LION_BITS = "optimizer.moment_dtype='bfloat16' halves its moments"
+_FASTEST = "the fastest kernel that the devices have; the others are called by their own names"
+_OFFLOAD = "sharding.offload_moments keeps moments in the host's memory; parameters stay on the devices"
+
+# What values of settings are called elsewhere. A value that is one of ours too does not stand here.
+VALUES: dict[tuple[str, ...], dict[str, Counterpart]] = {
+    ("data.template",): {
+        "vicuna": _is("v1"),
+        "llava": _is("v1", note="LLaMA-Factory's LLaVA-1.5; llava_v1 is another"),
+        "llama": _is("v1", note="TinyLLaVA's, for TinyLlama"),
+        "pretrain": _is("plain"),
+        "phi": _none(f"TinyLLaVA's: {_V1_WORDS}; LLaMA-Factory's: {_OTHER_DECODER}"),
+        "gemma": _none(f"TinyLLaVA's: {_V1_WORDS}; LLaMA-Factory's: {_OTHER_DECODER}"),
+        "qwen2_base": _none(f"{_V1_WORDS}; qwen_2 is Qwen2's own ChatML"),
+        "qwen2_instruct": _none(f"{_V1_WORDS}; qwen_2 is Qwen2's own ChatML"),
+        "llava_next": _is("v1", note="with data.image_aspect_ratio='anyres'"),
+        "llava_next_llama3": _is("llama_3"),
+        "llava_next_mistral": _is("mistral_instruct", note="LLaVA-1.6's, with a space before [/INST]"),
+        "llava_next_qwen": _is("qwen_2"),
+        "llava_next_yi": _is("chatml_direct", note="LLaVA-1.6 34B's, without line breaks between turns"),
+        "llava_next_video": _is("v1"),
+        "llava_next_video_mistral": _is("mistral_instruct", note="with a space before [/INST]"),
+        "llava_next_video_yi": _is("chatml_direct", note="without line breaks between turns"),
+        "video_llava": _is("v1"),
+        "mistral": _is("mistral_instruct", note="with a space before [/INST]"),
+        "llama2": _is("llama_2", note="which has Llama 2's own system text unless a record has one"),
+        "llama3": _is("llama_3"),
+        "llava_llama_3": _is("llama_3"),
+        "qwen": _is("qwen_2", note='its system text is "You are a helpful assistant."'),
+        "qwen_1_5": _is("qwen_2"),
+        "chatml": _is("qwen_2", note="which has Qwen2's own system text unless a record has one"),
+        "alpaca": _none("for records written so, data.dataset with 'formatting': 'alpaca', and any template"),
+        "qwen2_vl": _none("Qwen2-VL is another architecture"),
+        "qwen3": _none(_OWN_TEMPLATE),
+        "qwen3_nothink": _none(_OWN_TEMPLATE),
+        "deepseek": _none(_OWN_TEMPLATE),
+        "zephyr": _none(_OWN_TEMPLATE),
+        "yi": _is("qwen_2", note="which has Qwen2's own system text unless a record has one"),
+        "gemma2": _none(_OTHER_DECODER),
+        "phi3": _none(_OTHER_DECODER),
+        "llama4": _none(_OTHER_DECODER),
+        "mllama": _none(_OTHER_DECODER),
+        "empty": _none('documents, {"text": ...}, are what no template writes'),
+    },
+    ("data.image_aspect_ratio",): {
+        "anyres_max_9": _is("anyres", note="model.image_grid_pinpoints lists the sizes"),
+    },
+    ("model.select_feature",): {
+        "default": _is("patch"),
+        "full": _is("cls_patch"),
+    },
+    ("model.projector_type",): {
+        "mlp": _is("mlp2x_gelu"),
+        "resampler": _none("a projector is linear layers: linear or mlp2x_gelu"),
+        "qformer": _none("a projector is linear layers: linear or mlp2x_gelu"),
+        "mof_mlp": _none("there is one tower; linear or mlp2x_gelu project its features"),
+    },
+    ("tune.vision_tower", "tune.projector", "tune.language_model"): {
+        "partially-tune": _is("partial", note="with tune.vision_tower_layers and its like"),
+        "qlora": _is("lora", note="with lora.quantization"),
+        "common": _is("full"),
+    },
+    ("lora.target", "lora.vision_tower_target", "lora.projector_target", "lora.language_model_target"): {
+        "all-linear": _is("all"),
+    },
+    ("lora.quantization",): {
+        "8bit": _is("int8"),
+        "8": _is("int8"),
+        "llm_int8": _is("int8", note="without outliers: activations are never quantised"),
+        "4bit": _is("nf4"),
+        "4": _is("nf4"),
+        "int4": _is("nf4"),
+        "bnb": _is("nf4", "int8", note="4 bits and 8 bits"),
+        "bitsandbytes": _is("nf4", "int8", note="4 bits and 8 bits"),
+        "fp4": _none("nf4 has as many bits"),
+        "fp8": _none("int8 has as many bits"),
+        "gptq": _none(_QUANTIZED_HERE),
+        "awq": _none(_QUANTIZED_HERE),
+        "hqq": _none(_QUANTIZED_HERE),
+    },
+    ("optimizer.name",): {
+        "adamw_torch": _is("adamw"),
+        "adamw_torch_fused": _is("adamw"),
+        "adamw_torch_xla": _is("adamw"),
+        "adamw_apex_fused": _is("adamw"),
+        "adamw_hf": _is("adamw"),
+        "adamw_anyprecision": _is("adamw", note="with optimizer.moment_dtype='bfloat16'"),
+        "paged_adamw": _is("adamw", note=_PAGED),
+        "paged_adamw_32bit": _is("adamw", note=_PAGED),
+        "adamw_bnb_8bit": _is("adamw_8bit"),
+        "adamw_torch_8bit": _is("adamw_8bit"),
+        "adamw8bit": _is("adamw_8bit"),
+        "adam8bit": _is("adamw_8bit"),
+        "paged_adamw_8bit": _is("adamw_8bit", note=_PAGED),
+        "lion_32bit": _is("lion"),
+        "lion_8bit": _is("lion", note=_LION_BITS),
+        "paged_lion_32bit": _is("lion", note=_PAGED),
+        "paged_lion_8bit": _is("lion", note=_LION_BITS),
+        "adamw_torch_4bit": _none(_NO_OPTIMIZER),
+        "adam_mini": _none(_NO_OPTIMIZER),
+        "ademamix": _none(_NO_OPTIMIZER),
+        "ademamix_8bit": _none(_NO_OPTIMIZER),
+        "adagrad": _none(_NO_OPTIMIZER),
+        "rmsprop": _none(_NO_OPTIMIZER),
+        "galore_adamw": _none(_NO_OPTIMIZER),
+        "galore_adamw_8bit": _none(_NO_OPTIMIZER),
+        "galore_adafactor": _none(_NO_OPTIMIZER),
+        "apollo_adamw": _none(_NO_OPTIMIZER),
+        "lomo": _none(_NO_OPTIMIZER),
+        "adalomo": _none(_NO_OPTIMIZER),
+        "grokadamw": _none(_NO_OPTIMIZER),
+        "schedule_free_adamw": _none(_NO_OPTIMIZER),
+        "schedule_free_sgd": _none(_NO_OPTIMIZER),
+        "stable_adamw": _none(_NO_OPTIMIZER),
+    },
+    ("optimizer.schedule",): {
+        "cosine_with_restarts": _is(
+            "cosine", note="what it is with one cycle, its default; nothing restarts here"
+        ),
+        "cosine_warmup_with_min_lr": _is("cosine_with_min_lr"),
+        "cosine_annealing": _is("cosine"),
+        "polynomial": _is("linear", note="the same but for its last rate (1e-7) with power 1, its default"),
+        "wsd": _is("warmup_stable_decay"),
+        "reduce_lr_on_plateau": _none(
+            "rates depend on the step alone; train.early_stopping_patience ends a stage that no longer gets better"
+        ),
+        "greedy": _none("rates depend on the step alone"),
+    },
+    ("train.dtype", "train.frozen_dtype", "optimizer.moment_dtype"): {
+        "bf16": _is("bfloat16"),
+        "fp32": _is("float32"),
+        "fp16": _none(_BFLOAT16),
+        "float16": _none(_BFLOAT16),
+        "half": _none(_BFLOAT16),
+        "fp8": _none("bfloat16 is the shortest"),
+    },
+    ("export.dtype",): {
+        "bf16": _is("bfloat16"),
+        "fp16": _is("float16"),
+        "fp32": _is("float32"),
+    },
+    ("train.attention",): {
+        "flash_attention_2": _is("auto", note=_FASTEST),
+        "flash_attention_3": _is("auto", note=_FASTEST),
+        "fa2": _is("auto", note=_FASTEST),
+        "fa3": _is("auto", note=_FASTEST),
+        "flash_attn": _is("auto", note=_FASTEST),
+        "sdpa": _is("auto", note=_FASTEST),
+        "xformers": _is("auto", note=_FASTEST),
+        "eager": _is("reference", note="nothing fused: S x S scores exist"),
+        "disabled": _is("reference", note="nothing fused: S x S scores exist"),
+        "triton": _none(
+            "attention is of JAX and Pallas; auto takes the fastest kernel that the devices have"
+        ),
+    },
+    ("train.remat",): {
+        "True": _is("full", note="or dots, minimal, offload, auto"),
+        "False": _is("none"),
+        "unsloth": _is("offload"),
+    },
+    ("train.eval_steps",): {
+        "epoch": _is("1 / train.num_epochs", note=f"as a number, 0.5 of two epochs; {_LAST_EVALUATED}"),
+        "no": _none(f"leave it out; {_LAST_EVALUATED.partition(',')[0]}"),
+        "steps": _none("the number itself says so"),
+    },
+    ("checkpoint.save_steps",): {
+        "epoch": _is("1 / train.num_epochs", note=f"as a number, 0.5 of two epochs; {_LAST_SAVED}"),
+        "no": _none("a number above the stage's steps saves the last step alone"),
+        "steps": _none("the number itself says so"),
+        "best": _none("train.load_best_model_at_end keeps the checkpoint of the best evaluation"),
+    },
+    ("sharding.zero",): {
+        "zero1": _is("1"),
+        "zero2": _is("2"),
+        "zero3": _is("3"),
+        "zero2_offload": _is("2", note=_OFFLOAD),
+        "zero3_offload": _is("3", note=_OFFLOAD),
+        "full_shard": _is("3"),
+        "shard_grad_op": _is("2"),
+        "hybrid_shard": _is("3", note="mesh.data copies of what mesh.fsdp splits"),
+        "zero0": _none("mesh.fsdp=1 splits nothing"),
+        "no_shard": _none("mesh.fsdp=1 splits nothing"),
+    },
+}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+_COUNTERPARTS = {_plain(name): counterpart for names in TABLE.values() for name, counterpart in names.items()}
+_VALUES = {
+    (key, _plain(value)): counterpart
+    for keys, values in VALUES.items()
+    for key in keys
+    for value, counterpart in values.items()
+}
+KNOWN_NAMES = tuple(_COUNTERPARTS)
+
+
+def counterpart_of(name: str) -> Counterpart | None:
+    """What a name is here, however its words are joined; None for a name that the table does not hold."""
+    return _COUNTERPARTS.get(_plain(name))
 
 
 def explain(name: str) -> str | None:
     """What a name is called here, in a sentence; None for a name that the table does not hold."""
-    counterpart = _COUNTERPARTS.get(name)
+    return _sentence(name, counterpart_of(name))
+
+
+def explain_value(key: str, value: str) -> str | None:
+    """What a setting's value is called here, in a sentence; None for a value that the table does not hold.
+
+    `key` is the setting's full name, that of a stage (stages.NAME.KEY) or not.
+    """
+    return _sentence(value, _VALUES.get((re.sub(r"^stages\.[^.]+\.", "", key), _plain(value))))
+
+
+def _sentence(name: str, counterpart: Counterpart | None) -> str | None:
     if counterpart is None:
         return None
     if counterpart.ours:
@@ -328,7 +630,7 @@ def explain(name: str) -> str | None:
 
 
 def to_markdown() -> str:
-    """The table as a page of the documentation."""
+    """The tables as a page of the documentation."""
     return "\n".join(_lines()) + "\n"
 
 
@@ -336,13 +638,20 @@ def _lines() -> Iterator[str]:
     yield "# Names you may know"
     yield ""
     yield "Names of the original LLaVA, Hugging Face's trainer, TinyLLaVA Factory and LLaMA-Factory, and what they are"
-    yield "called here. A command that is given one of them answers with its row. This page is written by"
-    yield "`python -m llava_jax.known_names > docs/names.md`."
+    yield "called here; at the end, values of settings that are called otherwise there. A command that is given one of"
+    yield "them answers with its row. This page is written by `python -m llava_jax.known_names > docs/names.md`."
     for heading, names in TABLE.items():
-        yield from ("", f"## {heading}", "", "| there | here | |", "|---|---|---|")
-        for name, counterpart in names.items():
-            ours = ", ".join(f"`{own}`" for own in counterpart.ours)
-            yield f"| `{name}` | {ours or '-'} | {counterpart.note} |"
+        yield from ("", f"## {heading}", *_rows(names))
+    yield from ("", "## Values")
+    for keys, values in VALUES.items():
+        yield from ("", f"### {', '.join(f'`{key}`' for key in keys)}", *_rows(values))
+
+
+def _rows(names: dict[str, Counterpart]) -> Iterator[str]:
+    yield from ("", "| there | here | |", "|---|---|---|")
+    for name, counterpart in names.items():
+        ours = ", ".join(f"`{own}`" for own in counterpart.ours)
+        yield f"| `{name}` | {ours or '-'} | {counterpart.note} |"
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def _check_same_run(path: Path, asked: dict, anew: list[str]) -> None:
     # An older version did what is now the default of settings that it did not have.
     before = {key: default[key] for key in now.keys() & default.keys() - before.keys()} | before
     differing = [
-        f"{key}={now.get(key)!r} (was {before.get(key)!r})"
+        f"{key.removeprefix('/')}={now.get(key)!r} (was {before.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key.partition("/")[0] not in anew

@@ -130,16 +130,25 @@ def test_evaluate_compares_the_last_answers_of_conversations(finished_run, shape
     ("arguments", "code", "message"),
     [
         (["--config.stages.finetune.optimizer.learning_rte=1"], 10, "learning_rate"),
-        (["--config.sed=1"], 10, 'Did you mean "seed" instead of "sed"?'),
+        (["--config.sed=1"], 10, "The recipe has no setting sed. Did you mean --config.seed?"),
         (
             ["--config.stages.finetune.optimizer.projector_learning_rate=0.0"],
             10,
             "projector_learning_rate=0.0 must be",
         ),
-        (["--config.stages.finetune.optimizer.learning_rate=fast"], 10, "fast"),
+        (
+            ["--config.stages.finetune.optimizer.learning_rate=fast"],
+            10,
+            "stages.finetune.optimizer.learning_rate='fast' should be a number.",
+        ),
         (["--confg=x"], 10, "config"),
-        (["--config.optimizer.learning_rate=1e-5"], 10, "it may be stages.NAME.optimizer"),
+        (
+            ["--config.optimizer.learning_rate=1e-5"],
+            10,
+            "Write --config.stages.towers.optimizer.learning_rate=1e-5 or --config.stages.pretrain.optimizer.",
+        ),
         (["--config.stages.finetune.data.template=v9"], 10, "data.template='v9' is not one of"),
+        (["--config.stages.finetune.data.template=llava"], 10, "elsewhere. `llava` is `v1` here: "),
         (["--config.model_max_length=9"], 10, "`model_max_length` is `data.max_length` here"),
         (
             ["--config.stages.finetune.train.num_train_epochs=2"],
@@ -152,11 +161,11 @@ def test_evaluate_compares_the_last_answers_of_conversations(finished_run, shape
             10,
             "There is no flag --per_device_train_batch_size. `per_device_train_batch_size` is `data.batch_size` here: rows",
         ),
-        (["--config.lr=1"], 10, "no setting 'lr' there"),
+        (["--config.lr=1"], 10, "no setting lr. `lr` is `optimizer.learning_rate` here."),
         (
             ["--config.stages.finetune.train.learning_rate=1"],
             10,
-            "Did you mean --config.optimizer.learning_rate?",
+            "Write --config.stages.finetune.optimizer.learning_rate.",
         ),
         (["extra"], 10, "Unexpected argument 'extra'"),
         (["--config.init.model=/nowhere"], 10, "init.model=/nowhere does not exist"),
@@ -169,6 +178,44 @@ def test_mistakes_end_in_one_paragraph_and_a_code(recipe, tmp_path, arguments, c
     error = result.stderr[result.stderr.index("error: ") :]
     assert message in error
     assert len(error.strip().splitlines()) <= 6
+
+
+def test_all_wrong_names_of_a_command_line_are_answered_at_once(recipe):
+    line = "--deepspeed ./zero3.json --bf16 True --mm_vision_select_layer -2 --workdi=x --config.data.shuffl=False"
+    result = run("llava_jax.train", f"--config={recipe}", *line.split())
+    assert result.returncode == 10
+    assert result.stderr[result.stderr.index("error: ") :].splitlines() == [
+        "error: The recipe has no setting data.shuffl. Did you mean --config.stages.towers.data.shuffle or "
+        "--config.stages.pretrain.data.shuffle or --config.stages.finetune.data.shuffle?",
+        "There is no flag --deepspeed. `deepspeed` is `mesh.fsdp` and `sharding.zero` here: ZeRO's stages 1 to 3.",
+        'There is no flag --bf16. `bf16` is `train.dtype` here: "bfloat16", which it is unless set.',
+        "There is no flag --mm_vision_select_layer. `mm_vision_select_layer` is `model.select_layer` here: -2 unless set, "
+        "not -1.",
+        "There is no flag --workdi. Did you mean --workdir?",
+        "Settings are written --config.KEY=VALUE, those of a stage --config.stages.STAGE.KEY=VALUE; the stages are "
+        "towers, pretrain, finetune. (--help lists the flags, docs/recipes.md the settings.)",
+    ]
+
+
+def test_stages_are_told_only_where_there_are_stages():
+    arguments = ("--config.data.shuffl=False", "--config.optim=lion", "--num_epoch=1")
+    result = run("llava_jax.train", "--config=configs/llava15_finetune.py:7b", *arguments)
+    assert (result.returncode, "stages" in result.stderr) == (10, False)
+    assert "Did you mean --config.data.shuffle?" in result.stderr
+
+
+def test_flags_of_other_programs_that_answer_are_answered_without_settings():
+    line = "--model-path x --image-file y --conv-mode llava_v1 --max-new-tokens 3"
+    result = run("llava_jax.generate", *line.split())
+    assert result.returncode == 10
+    assert result.stderr[result.stderr.index("error: ") :].splitlines() == [
+        "error: There is no flag --model-path. `model-path` is `--model` here: of generate and evaluate.",
+        "There is no flag --image-file. `image-file` is `--image` here: of generate; repeated for several.",
+        "There is no flag --conv-mode. `conv-mode` is `--template` here: of generate and evaluate; the model's own "
+        "unless set.",
+        "There is no flag --max-new-tokens. Did you mean --max_new_tokens? (--help lists the flags, docs/recipes.md the "
+        "settings.)",
+    ]
 
 
 @pytest.mark.parametrize(

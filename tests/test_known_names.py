@@ -9,13 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.config import Config, ConfigError
-from llava_jax.config_values import build
-from llava_jax.known_names import TABLE, explain, to_markdown
+from llava_jax.config import (
+    ATTENTIONS,
+    OPTIMIZERS,
+    SCHEDULES,
+    TUNE_MODES,
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    TrainConfig,
+)
+from llava_jax.config_values import build, meant, wrong_type
+from llava_jax.data.templates import TEMPLATES, get_template
+from llava_jax.known_names import TABLE, VALUES, explain, explain_value, to_markdown
 
 ROOT = Path(__file__).parent.parent
 LINES = (ROOT / "tests/data/names_elsewhere.txt").read_text().splitlines()
-FLAGS = ("--workdir", "--coordinator", "--num_processes", "--process_id")
 
 
 def settings(cls=Config, prefix="") -> dict[str, type]:
@@ -40,16 +49,118 @@ def test_every_name_of_the_other_trainers_has_a_counterpart_or_a_reason():
 
 
 def test_what_names_are_mapped_to_exists():
-    known = settings().keys() | set(FLAGS)
+    source = "".join(
+        (ROOT / f"llava_jax/{name}.py").read_text() for name in ("train", "generate", "evaluate")
+    )
+    known = settings().keys() | {f"--{flag}" for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)}
     mapped = {own for names in TABLE.values() for counterpart in names.values() for own in counterpart.ours}
     assert sorted(mapped - known) == []
-    source = (ROOT / "llava_jax/train.py").read_text()
-    assert all(f'"{flag.removeprefix("--")}"' in source for flag in FLAGS)
 
 
 def test_no_name_stands_in_the_table_twice():
-    names = [name for names in TABLE.values() for name in names]
+    names = [name.lower().replace("-", "_") for names in TABLE.values() for name in names]
     assert len(names) == len(set(names))
+
+
+CHOICES = {
+    "data.template": TEMPLATES,
+    "data.image_aspect_ratio": ("pad", "square", "anyres"),
+    "model.select_feature": ("patch", "cls_patch"),
+    "model.projector_type": ("linear", "identity", "mlp2x_gelu"),
+    "tune.vision_tower": TUNE_MODES,
+    "lora.target": ("all",),
+    "lora.quantization": ("none", "int8", "nf4"),
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.schedule": SCHEDULES,
+    "train.dtype": ("bfloat16", "float32"),
+    "export.dtype": ("bfloat16", "float16", "float32"),
+    "train.attention": ATTENTIONS,
+    "train.remat": ("auto", "none", "minimal", "offload", "dots", "full"),
+    "train.eval_steps": ("1 / train.num_epochs",),
+    "checkpoint.save_steps": ("1 / train.num_epochs",),
+    "sharding.zero": ("1", "2", "3"),
+}
+
+
+def test_what_values_are_mapped_to_is_one_of_ours_and_what_is_mapped_is_not():
+    assert sorted(key for keys in VALUES for key in keys if key not in settings()) == []
+    for (key, *_), values in VALUES.items():
+        choices = CHOICES[key]
+        assert [value for value in values if value in choices] == []
+        assert [own for value in values.values() for own in value.ours if own not in choices] == []
+        assert [value for value, here in values.items() if not (here.ours or here.note)] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "answer"),
+    [
+        ("data.template", "llava", "`llava` is `v1` here"),
+        ("data.template", "llama", "`llama` is `v1` here"),
+        ("data.template", "pretrain", "`pretrain` is `plain` here"),
+        ("data.template", "mistral", "`mistral` is `mistral_instruct` here"),
+        ("data.template", "qwen2_instruct", "`qwen2_instruct` has no counterpart here"),
+        ("stages.finetune.data.template", "llama3", "`llama3` is `llama_3` here."),
+        ("optimizer.name", "adamw_torch", "`adamw_torch` is `adamw` here."),
+        ("optimizer.name", "paged_adamw_8bit", "`paged_adamw_8bit` is `adamw_8bit` here"),
+        ("optimizer.schedule", "wsd", "`wsd` is `warmup_stable_decay` here."),
+        ("lora.quantization", "4bit", "`4bit` is `nf4` here."),
+        ("lora.language_model_target", "all-linear", "`all-linear` is `all` here."),
+        ("train.dtype", "BF16", "`BF16` is `bfloat16` here."),
+        ("train.attention", "sdpa", "`sdpa` is `auto` here"),
+        ("train.dtype", "llava", None),
+    ],
+)
+def test_values_of_other_trainers_are_answered(key, value, answer):
+    found = explain_value(key, value)
+    assert found is answer if answer is None else found.startswith(answer)
+
+
+def test_every_way_to_a_wrong_value_gives_its_answer():
+    with pytest.raises(
+        ConfigError, match=r"elsewhere. `resampler` has no counterpart here: a projector is linear"
+    ):
+        build(Config, {"model": {"projector_type": "resampler"}}, "stages.finetune.")
+    with pytest.raises(ConfigError, match=r"is not one of .*'sgd'. `adamw_torch` is `adamw` here.$"):
+        OptimizerConfig(name="adamw_torch")
+    with pytest.raises(ConfigError, match=r"is not one of .*'qwen_2'. `llava` is `v1` here: "):
+        get_template("llava")
+    with pytest.raises(
+        ConfigError, match=r"'float32'. `fp16` has no counterpart here: float16 would need loss"
+    ):
+        TrainConfig(dtype="fp16")
+
+
+def test_a_wrong_type_is_answered_with_what_the_setting_takes():
+    epoch = wrong_type("stages.finetune.checkpoint.save_steps", "epoch")
+    assert epoch.startswith(
+        "stages.finetune.checkpoint.save_steps='epoch' should be a number of steps or, below 1, a share of the stage. "
+        "`epoch` is `1 / train.num_epochs` here"
+    )
+    assert wrong_type("train.max_steps", "1e3") == "train.max_steps='1e3' should be a whole number."
+    assert wrong_type("data.shuffle", "nein") == "data.shuffle='nein' should be True or False."
+    assert wrong_type("sharding.zero", "zero3").endswith("`zero3` is `3` here.")
+    assert wrong_type("workdir", "x") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "sentence"),
+    [
+        ("optimizer.learning_rate", ("optimizer.learning_rate",), ""),
+        ("batch_size", ("data.batch_size", "evaluate.batch_size"), ""),
+        ("optimizer.learning_rat", ("optimizer.learning_rate",), ""),
+        ("optimizer.lr", ("optimizer.learning_rate",), "`lr` is `optimizer.learning_rate` here."),
+        (
+            "pretrain_mm_mlp_adaptor",
+            ("init.projector",),
+            "Did you mean pretrain_mm_mlp_adapter? `pretrain_mm_mlp_adapter` is `init.projector` here.",
+        ),
+        ("load_best_model", ("train.load_best_model_at_end",), ""),
+        ("model_path", ("--model",), "`model_path` is `--model` here: of generate and evaluate."),
+        ("zzz", (), ""),
+    ],
+)
+def test_wrong_keys_lead_to_the_settings_that_are_meant(key, settings, sentence):
+    assert meant(key) == (settings, sentence)
 
 
 def test_the_page_of_names_is_the_table():

@@ -55,7 +55,8 @@ def test_the_name_begins_with_the_source():
         ),
         (
             {"conversations": turns("human", "bot")},
-            "record 3, turn 1: 'from' should be 'human' or 'gpt', not 'bot'.",
+            "record 3, turn 1: 'from' should be 'human' or 'gpt', not 'bot'; other names of roles are told by 'tags' "
+            "of a dataset_info.json entry ('formatting': 'sharegpt'), which data.dataset reads (docs/data.md).",
         ),
         (
             {"conversations": [{"from": ["human"], "value": "x"}]},

@@ -270,7 +270,7 @@ def test_settings_of_a_run_with_checkpoints_cannot_change(tiny_recipe, tmp_path)
     tiny_recipe.train.log_steps = 2  # changes nothing that is trained
     trainer.run(parse(tiny_recipe), tmp_path)
     tiny_recipe.optimizer.learning_rate = 0.5
-    with pytest.raises(ConfigError, match=r"optimizer.learning_rate=0.5 \(was 0.001\)"):
+    with pytest.raises(ConfigError, match=r": optimizer.learning_rate=0.5 \(was 0.001\)"):
         trainer.run(parse(tiny_recipe), tmp_path)
 
 

@@ -99,7 +99,14 @@ class Chat:
             )
         roles = {self.user_tag: "human", self.assistant_tag: "gpt", self.system_tag: "system"}
         if not isinstance(tag, str) or not tag or tag not in roles:
-            hint = f"; its text belongs under the record's {self.system!r}" if tag == "system" else ""
+            hint = ""
+            if tag == "system":
+                hint = f"; its text belongs under the record's {self.system!r}"
+            elif isinstance(tag, str) and tag:
+                hint = (
+                    "; other names of roles are told by 'tags' of a dataset_info.json entry ('formatting': 'sharegpt'), "
+                    "which data.dataset reads (docs/data.md)"
+                )
             raise DataError(
                 f"{name}: {self.role_tag!r} should be {self.user_tag!r} or {self.assistant_tag!r}, not {tag!r}{hint}."
             )
