@@ -1,5 +1,6 @@
 """What trains: which parameters of each module, in which form, at which rate and decay."""
 
+import difflib
 import itertools
 import math
 from collections.abc import Mapping
@@ -139,10 +140,12 @@ def lora_targets(config: Config) -> dict[str, tuple[str, ...]]:
             for name in asked:
                 one_of(key, name, known)
         targets[module] = tuple(name for name in known if name in asked)
+        near = [own for name in split_names(text) for own in difflib.get_close_matches(name, known, n=1)]
+        hint = f" Did you mean {','.join(near)!r}?" if near else ""
         require(
             targets[module],
             f"tune.{module}='lora', but {key}={text!r} names none of its linear layers "
-            f"({', '.join(known) or 'it has none'}); set lora.{module}_target, or tune.{module} to another mode.",
+            f"({', '.join(known) or 'it has none'}); set lora.{module}_target, or tune.{module} to another mode.{hint}",
         )
     for module in PREFIXES:
         require(

@@ -45,6 +45,7 @@ FLOORS = (
         "results",
         "scores",
         "commands",
+        "wrong_flags",
         "interruption",
         "watchdog",
         "digests",

@@ -199,7 +199,7 @@ def test_rates_and_decays_are_each_modules_own_and_of_lora_plus():
         ({"lora": {"dropout": 1.0}, "language_model": "lora"}, r"lora\.dropout=1\.0 must lie in 0 to 1"),
         (
             {"lora": {"target": "q_prj"}, "language_model": "lora"},
-            r"lora\.target='q_prj' names none of its linear layers",
+            r"lora\.target='q_prj' names none of its linear layers.* Did you mean 'q_proj'\?",
         ),
         (
             {"lora": {"target": "q_proj,fc1"}, "language_model": "lora"},
