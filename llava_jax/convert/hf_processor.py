@@ -117,6 +117,27 @@ def write_slow_tokenizer_config(directory: Path) -> None:
     _write_json(directory / "tokenizer_config.json", fields)
 
 
+def write_decoder_template(directory: Path, template: str, *, begins: bool) -> None:
+    """Adds the chat template of a decoder alone to its tokenizer's settings; begins: a chat starts with the BOS.
+
+    transformers and vLLM tokenize what the template writes without adding anything.
+    """
+    if not any((directory / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
+        return
+    if template not in TEMPLATES:
+        _warn_of_template(template)
+        return
+    file = directory / "tokenizer_config.json"
+    text = ("{{- bos_token -}}\n" if begins else "") + chat_template(TEMPLATES[template], None)
+    _write_json(file, (read_json(file) if file.exists() else {}) | {"chat_template": text})
+
+
+def _warn_of_template(template: str) -> None:
+    logging.getLogger(__name__).warning(
+        "No chat template is written: conversation template %r is none of ours.", template
+    )
+
+
 def write_processor(
     directory: Path, model: ModelConfig, *, template: str, image_aspect_ratio: str, image_in_prompt: str
 ) -> None:
@@ -142,9 +163,7 @@ def write_processor(
         text = chat_template(TEMPLATES[template], behind_image)
         (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
         return
-    logging.getLogger(__name__).warning(
-        "No chat template is written: conversation template %r is none of ours.", template
-    )
+    _warn_of_template(template)
 
 
 def _image_processor(model: ModelConfig, image_aspect_ratio: str) -> dict:
