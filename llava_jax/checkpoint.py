@@ -294,7 +294,7 @@ class Checkpoints:
             )
         if step_of(path) == num_steps and path.parent != self.directory:
             raise CheckpointError(
-                f"{key} is the end of its stage, step {num_steps} of {num_steps}, so that nothing is left to train. To train "
+                f"{key} is the end of its stage, step {num_steps} of {num_steps}, so nothing is left to train. To train "
                 "that run's model further, drop this setting and set --config.init.model to that run's directory."
             )
         return path

@@ -101,7 +101,8 @@ def _missing(named: list[tuple[str, str]]) -> str:
     """What to say of the settings of `init` whose paths do not exist."""
     what = " and ".join(f"init.{key}={path}" for key, path in named)
     flags = " and ".join(dict.fromkeys(f"--config.init.{key}" for key, _ in named))
-    message = f"{what} {'do' if named[1:] else 'does'} not exist; set {flags} to where {'they lie' if named[1:] else 'it lies'}."
+    verb, lie = ("do", "they lie") if named[1:] else ("does", "it lies")
+    message = f"{what} {verb} not exist; set {flags} to where {lie}."
     commands = [
         download_command(path, f"checkpoints/{Path(path).name.partition('@')[0]}")
         for _, path in named
@@ -285,6 +286,7 @@ def _is_run(path: Path) -> bool:
 
 def open_run(workdir: Path) -> ModelSource:
     """The model that a training run ended with, or has reached."""
+    workdir = workdir.expanduser()
     stages = run_stages(workdir)
     weights = initial_weights(next(iter(stages.values())))
     for name, config in stages.items():
@@ -295,6 +297,7 @@ def open_run(workdir: Path) -> ModelSource:
 
 def run_stages(workdir: Path) -> dict[str, Config]:
     """The settings of a run's stages by name. Raises CheckpointError where there are none."""
+    workdir = workdir.expanduser()
     try:
         saved = json.loads((workdir / "config.json").read_text())
         return {name: from_json(Config, fields) for name, fields in saved["stages"].items()}

@@ -178,7 +178,7 @@ def test_mistakes_end_in_one_paragraph_and_a_code(recipe, tmp_path, arguments, c
         ("llava15_pretrain.py:70b", "'70b' is not one of '7b', '13b'. Did you mean '7b'?"),
         (
             "llava15_pretrain.py:7b",
-            "checkpoints/clip-vit-large-patch14-336 does not exist; set --config.init.",
+            "checkpoints/clip-vit-large-patch14-336 and init.language_model=checkpoints/vicuna-7b-v1.5 do not exist; set",
         ),
     ],
 )

@@ -32,7 +32,7 @@ from llava_jax.convert.shard_writer import ShardWriter
 from llava_jax.convert.source import Index, Leaf, read_ahead
 from llava_jax.convert.tokenizer_files import copy_tokenizer
 from llava_jax.convert.transposing import contiguous
-from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def write_hf(
@@ -88,8 +88,10 @@ def write_hf(
             if layout == "llava":
                 fields = write_llava_config(model, tokens, dtype=named_dtype)
             else:
-                tokens, begins = _tokens_of(tokenizer_path, model)
-                write_decoder_template(partial, template, begins=begins)
+                if tokenizer_path:
+                    tokenizer = load_tokenizer(tokenizer_path, model.extra_tokens)
+                    tokens = _tokens_of(tokenizer)
+                    write_decoder_template(partial, template, tokenizer)
                 fields = write_llama_config(model.text, tokens, dtype=named_dtype)
         if layout != "llama":
             fields |= {"image_aspect_ratio": image_aspect_ratio}
@@ -104,14 +106,9 @@ def write_hf(
         )
 
 
-def _tokens_of(tokenizer_path: str, model: ModelConfig) -> tuple[SpecialTokens, bool]:
-    """The special tokens, and whether texts begin with the BOS."""
-    if not tokenizer_path:
-        return ORIGINAL_TOKENS, True
-    tokenizer = load_tokenizer(tokenizer_path, model.extra_tokens)
+def _tokens_of(tokenizer: Tokenizer) -> SpecialTokens:
     pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
-    tokens = dataclasses.replace(ORIGINAL_TOKENS, bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=pad)
-    return tokens, tokenizer.bos_id is not None
+    return dataclasses.replace(ORIGINAL_TOKENS, bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=pad)
 
 
 def check_layout(model: ModelConfig, layout: str) -> None:
