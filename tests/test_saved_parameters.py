@@ -14,6 +14,7 @@ from llava_jax import saved_parameters
 from llava_jax.config import MeshConfig
 from llava_jax.convert import source
 from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.orbax_weights import StoredArrays
 from llava_jax.convert.source import completed
 from llava_jax.digests import write_digests
 from llava_jax.errors import CheckpointError
@@ -111,6 +112,8 @@ def test_a_checkpoint_is_read_through_any_path(values, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     for path in ("../runs", "../here/../link"):
         assert_read(SavedParameters(Path(path), 3), values)
+        found = StoredArrays(Path(path) / "3/state").read(f"trainable.{BIAS}")
+        np.testing.assert_array_equal(found, values[BIAS])
 
 
 def test_a_parameter_in_a_damaged_file_names_the_file(values, tmp_path):
