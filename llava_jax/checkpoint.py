@@ -20,15 +20,13 @@ from llava_jax.digests import find_damage, write_digests
 from llava_jax.errors import CheckpointError, HangError
 from llava_jax.optimizers.averaging import AverageState
 from llava_jax.processes import exchange
-from llava_jax.saved_parameters import save_args
+from llava_jax.saved_parameters import NOT_DIGESTED, save_args
 from llava_jax.step import TrainState
 from llava_jax.watchdog import Watchdog
 
 _SET_ASIDE = "set_aside"
 _SAVE_TIMEOUT = 3600  # seconds after which orbax gives up a save
 _OUTCOME_TIMEOUT = 30.0  # seconds for the others to say how a save went, after it has failed here
-# Orbax touches these two after the digests are written; nothing that is restored depends on them.
-_NOT_DIGESTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class Checkpoints:
@@ -40,7 +38,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, watchdog: Watchdog):
-        self.directory = directory.absolute()
+        self.directory = directory.resolve()  # tensorstore takes no `..`
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -271,8 +269,13 @@ class Checkpoints:
 
     def _named(self, asked: str, num_steps: int) -> Path:
         """The checkpoint that `resume_from_checkpoint` asks for."""
-        path = self.directory / asked if _is_step(asked) else Path(asked).absolute()
         key = f"checkpoint.resume_from_checkpoint={asked}"
+        if asked.lower() in ("true", "latest", "auto"):
+            raise CheckpointError(
+                f"{key} names no checkpoint; leave it out: without it a run continues from its newest, and another run's is "
+                "named by its path, RUN/checkpoints/[STAGE/]STEP."
+            )
+        path = self.directory / asked if _is_step(asked) else Path(asked).expanduser().resolve()
         if not (_is_step(path.name.partition(".")[0]) and path.is_dir()):
             raise CheckpointError(
                 f"{key}: {path} is no checkpoint; name one of a run's checkpoints/[STAGE/]STEP."
@@ -285,6 +288,11 @@ class Checkpoints:
         if obstacle:
             raise CheckpointError(
                 f"{key} cannot be continued: it {obstacle}. Name another one, or start a new run from it with init.model."
+            )
+        if step_of(path) == num_steps and path.parent != self.directory:
+            raise CheckpointError(
+                f"{key} is the end of its stage, step {num_steps} of {num_steps}, so nothing is left to train. To train "
+                "that run's model further, drop this setting and set --config.init.model to that run's directory."
             )
         return path
 
@@ -299,7 +307,7 @@ class Checkpoints:
         """As the function; each process reads its share of the files, and all learn whether one found something."""
         index, count = jax.process_index(), jax.process_count()
         with self.watchdog.waiting(f"the digests of {path}"):
-            damage = find_damage(path, later=_NOT_DIGESTED, process_index=index, process_count=count)
+            damage = find_damage(path, later=NOT_DIGESTED, process_index=index, process_count=count)
             if count > 1 and multihost_utils.process_allgather(np.array(damage is not None)).any():
                 return damage or "another process found which file"
         return damage or _misnamed(path)
@@ -319,7 +327,7 @@ def step_of(path: Path) -> int:
 
 def verified_steps(directory: Path) -> Iterator[int]:
     """The steps of good checkpoints, newest first. Reads every file of one to say so, and tells of damaged ones."""
-    return _verified(directory, lambda path: find_damage(path, later=_NOT_DIGESTED) or _misnamed(path))
+    return _verified(directory, lambda path: find_damage(path, later=NOT_DIGESTED) or _misnamed(path))
 
 
 def read_meta(path: Path) -> dict:
@@ -387,6 +395,6 @@ def _reason(error: Exception) -> str:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"The checkpoint {path} cannot be read: {_reason(error)} "
-        "Put back what is missing, or move that directory away to continue from the one before it."
+        f"The checkpoint {path} cannot be read: {_reason(error)} Mend that; only if files are lost or damaged, and there is "
+        "no copy of them, move that directory away to continue from the one before it."
     )

@@ -4,6 +4,8 @@ Nothing else in the project reads a `ConfigDict`.
 """
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -68,6 +70,22 @@ def _without_aliases(section: dict) -> dict:
     if not isinstance(data, dict):
         return section
     return section | {"data": {key: value for key, value in data.items() if key not in _DATA_ALIASES}}
+
+
+# Their defaults lie there, and are no run's own.
+_EXPANDED_WHERE_USED = ("cache_dir", "compiled_dir")
+
+
+def _at_home(fields: dict) -> dict:
+    """Settings whose paths begin with `~`, for the shell expands it at the beginning of a word only."""
+    return {
+        key: _at_home(value)
+        if isinstance(value, dict)
+        else re.sub(r"(^|[=,])~(?=/|$)", lambda begin: begin[1] + os.path.expanduser("~"), value)
+        if isinstance(value, str) and key not in _EXPANDED_WHERE_USED
+        else value
+        for key, value in fields.items()
+    }
 
 
 def vicuna(size: str) -> ConfigDict:
@@ -153,7 +171,7 @@ def parse(config_dict: ConfigDict) -> Recipe:
 
     Raises ConfigError on an unknown key (naming the nearest), a wrong type, or values that cannot be.
     """
-    fields = config_dict.to_dict()
+    fields = _at_home(config_dict.to_dict())
     prepare = fields.pop("prepare", None)
     order = fields.pop("stage_order", None)
     if order is None:

@@ -27,6 +27,7 @@ def open_run_adapter(workdir: Path) -> TrainedAdapter:
     What earlier stages trained counts as trained whole, and so does the projector where the base has none or another.
     Raises ConfigError for a run without LoRA at its end, CheckpointError as `open_run` does.
     """
+    workdir = workdir.expanduser()
     stages = run_stages(workdir)
     *earlier, last = stages
     config = stages[last]

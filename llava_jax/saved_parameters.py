@@ -12,10 +12,13 @@ import orbax.checkpoint as ocp
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.orbax_weights import StoredArrays
 from llava_jax.convert.source import Index, Leaf
+from llava_jax.digests import find_damage
 from llava_jax.errors import CheckpointError
 
 # The least that can be read of a large array without the rest. One layer of a 7B decoder's MLP takes 180 MB.
 _CHUNK_BYTES = 64 * 2**20
+# Orbax touches these two after a checkpoint's digests are written; nothing that is restored depends on them.
+NOT_DIGESTED = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def save_args(state):
@@ -38,7 +41,7 @@ class SavedParameters:
     """
 
     def __init__(self, directory: Path, step: int):
-        self.path = directory.absolute() / str(step)
+        self.path = directory.resolve() / str(step)  # tensorstore takes no `..`
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 self.metadata = checkpointer.metadata(self.path / "state").item_metadata.tree["trainable"]
@@ -75,8 +78,13 @@ def _reading_axis(leaf: ocp.metadata.ArrayMetadata) -> int | None:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error with what is known: that files are damaged is said only where their digests tell it."""
     reason = str(error).strip().splitlines() or [type(error).__name__]
-    return CheckpointError(
-        f"The checkpoint {path} cannot be read: {reason[0][:300]} "
-        "Delete that directory to use the one before it, or train again if there is none."
-    )
+    damage = find_damage(path, later=NOT_DIGESTED)
+    cure = "By their digests its files are whole; look at the path, its permissions and the file system."
+    if damage:
+        cure = (
+            f"Of its files, {damage}; mend that. Only if files are lost or damaged, and there is no copy of them, move "
+            "that directory away to use the one before it."
+        )
+    return CheckpointError(f"The checkpoint {path} cannot be read: {reason[0][:300]} {cure}")

@@ -28,7 +28,7 @@ flags.mark_flag_as_required("config")
 def main() -> None:
     """Trains the recipe of the flags."""
     recipe = read_recipe(CONFIG)
-    workdir = Path(WORKDIR.value or f"runs/{recipe.name}")
+    workdir = Path(WORKDIR.value or f"runs/{recipe.name}").expanduser()
     stages = " -> ".join(name for name in recipe.stages if name) or "one stage"
     print(f"llava_jax: recipe {recipe.name} ({stages}), run directory {workdir}", flush=True)
 

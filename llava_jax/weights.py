@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from llava_jax.checkpoint import saved_steps, verified_steps
-from llava_jax.config import Config, InitConfig, ModelConfig
+from llava_jax.config import Config, InitConfig, ModelConfig, split_names
 from llava_jax.config_values import from_json
 from llava_jax.convert import recycled
+from llava_jax.convert.download import download_command, is_repository
 from llava_jax.convert.layouts import config_fields
 from llava_jax.convert.opening import open_model, open_parts, open_projector
 from llava_jax.convert.source import Index, Leaf, ModelSource, completed, extent, read_ahead
@@ -35,6 +36,7 @@ from llava_jax.tuned_weights import restored, tuned
 from llava_jax.tuning import module_of
 
 RUN_FORMAT = "llava_jax run"
+_WEIGHTS = ("model", "vision_tower", "language_model", "projector")
 
 
 def initial_weights(config: Config) -> ModelSource:
@@ -44,10 +46,7 @@ def initial_weights(config: Config) -> ModelSource:
     its tensors are not those of a model.
     """
     init, model = config.init, config.model
-    for key in ("model", "vision_tower", "language_model", "projector"):
-        path = getattr(init, key)
-        if path and not Path(path).exists():
-            raise ConfigError(f"init.{key}={path} does not exist; set --config.init.{key} to where it lies.")
+    _require_here(init)
     if init.model:
         source = open_any(init.model)
     else:
@@ -82,6 +81,37 @@ def initial_weights(config: Config) -> ModelSource:
     )
 
 
+def _require_here(init: InitConfig) -> None:
+    """Raises one ConfigError that names all that is missing.
+
+    Nothing is fetched from the hub: every process of a run reads these files, now and whenever it is continued.
+    """
+    named = [(key, getattr(init, key)) for key in _WEIGHTS]
+    named += [("adapters", path) for path in split_names(init.adapters)]
+    missing = [(key, path) for key, path in named if path and not Path(path).exists()]
+    if missing:
+        raise ConfigError(_missing(missing))
+
+
+def _missing(named: list[tuple[str, str]]) -> str:
+    """What to say of the settings of `init` whose paths do not exist."""
+    what = " and ".join(f"init.{key}={path}" for key, path in named)
+    flags = " and ".join(dict.fromkeys(f"--config.init.{key}" for key, _ in named))
+    verb, lie = ("do", "they lie") if named[1:] else ("does", "it lies")
+    message = f"{what} {verb} not exist; set {flags} to where {lie}."
+    commands = [
+        download_command(path, f"checkpoints/{Path(path).name.partition('@')[0]}")
+        for _, path in named
+        if is_repository(path)
+    ]
+    if not commands:
+        return message
+    return (
+        f"{message} Training fetches nothing from the Hugging Face hub, since every process reads these files whenever the "
+        f"run is continued. Fetch them once, and name that directory: {'; '.join(commands)}"
+    )
+
+
 def _check_template(source: ModelSource, config: Config) -> None:
     """Raises ConfigError if the model, or the decoder, says that it has learnt another conversation template than the
     run's.
@@ -107,6 +137,7 @@ def find_tokenizer(init: InitConfig) -> str:
     """Where the tokenizer of a run lies; raises ConfigError if `init` names none."""
     path = init.tokenizer
     if not path and (init.model or init.language_model):
+        _require_here(InitConfig(model=init.model, language_model=init.language_model))
         path = open_any(init.model or init.language_model).tokenizer_path
     if not path:
         raise ConfigError(
@@ -234,11 +265,12 @@ def checkpoint_directory(workdir: Path, stage: str) -> Path:
 def open_any(path: str, *, vision_tower: str = "", needs_tower: bool = True) -> ModelSource:
     """A run directory, our model directory, or a Hugging Face directory; told apart by what is inside.
 
-    The other arguments are those of `open_model`.
+    The base that an adapter names may be each of them too. The other arguments are those of `open_model`.
     """
-    if _is_run(Path(path)):
-        return open_run(Path(path))
-    return open_model(path, vision_tower=vision_tower, needs_tower=needs_tower)
+    local = Path(path).expanduser()
+    if _is_run(local):
+        return open_run(local)
+    return open_model(path, vision_tower=vision_tower, needs_tower=needs_tower, open_base=open_any)
 
 
 def _is_run(path: Path) -> bool:
@@ -250,6 +282,7 @@ def _is_run(path: Path) -> bool:
 
 def open_run(workdir: Path) -> ModelSource:
     """The model that a training run ended with, or has reached."""
+    workdir = workdir.expanduser()
     stages = run_stages(workdir)
     weights = initial_weights(next(iter(stages.values())))
     for name, config in stages.items():
@@ -260,6 +293,7 @@ def open_run(workdir: Path) -> ModelSource:
 
 def run_stages(workdir: Path) -> dict[str, Config]:
     """The settings of a run's stages by name. Raises CheckpointError where there are none."""
+    workdir = workdir.expanduser()
     try:
         saved = json.loads((workdir / "config.json").read_text())
         return {name: from_json(Config, fields) for name, fields in saved["stages"].items()}

@@ -183,7 +183,7 @@ def test_an_adapter_that_reaches_into_clip_is_merged_there_and_says_so(llava_hf,
     tensors = factors(shapes_of(stored, *names), 4)
     adapter = open_adapter(save_adapter(tmp_path / "a", tensors))
     assert describe_changes(adapter) == [
-        "vision_tower: 4 tensors changed by LoRA, 0 replaced",
+        "vision_tower: 1 arrays with LoRA, 0 replaced",  # of all four layers
         "note: the adapter reaches into the vision tower, which is merged as well",
     ]
     merged = merge(open_model(llava_hf), adapter)
@@ -375,7 +375,7 @@ def test_a_description_of_an_adapter_says_rank_scale_and_base(llava_hf, stored, 
         "wrapped_layout": "llava-hf",
         "low_rank": {"language_model.layers.0.self_attn.q_proj.weight": {"rank": 4, "scale": 1.5}},
         "replaced": [],
-        "notes": ["language_model: 1 tensors changed by LoRA, 0 replaced"],
+        "notes": ["language_model: 1 arrays with LoRA, 0 replaced"],
     }
     assert "q_proj.weight: rank 4, scale 1.5\n" in found.as_text()
 

@@ -217,6 +217,16 @@ def test_resume_from_checkpoint_takes_another_runs_until_there_are_own(tmp_path)
     assert saved_steps(tmp_path / "old") == [4]
 
 
+def test_another_runs_last_checkpoint_leaves_nothing_to_train(tmp_path):
+    save_steps(tmp_path / "old", 4)
+    message = r"is the end of its stage, step 4 of 4, so nothing is left .*--config\.init\.model"
+    with pytest.raises(CheckpointError, match=message):
+        starting_point(tmp_path / "new", num_steps=4, resume_from_checkpoint=str(tmp_path / "old/4"))
+    own = str(tmp_path / "here/../old/4")  # the end of this very run is no mistake
+    (tmp_path / "here").mkdir()
+    assert starting_point(tmp_path / "old", num_steps=4, resume_from_checkpoint=own) == tmp_path / "old/4"
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -224,6 +234,7 @@ def test_resume_from_checkpoint_takes_another_runs_until_there_are_own(tmp_path)
         ("/nowhere", "/nowhere is no checkpoint"),
         ("2", "2 is damaged: digests.json cannot be read"),
         ("3", "of a later step than this stage's last, 2"),
+        ("True", "True names no checkpoint; leave it out: without it a run continues from its newest"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_resumed_from_is_named(tmp_path, asked, message):

@@ -225,7 +225,7 @@ def test_flags_of_other_programs_that_answer_are_answered_without_settings():
         ("llava15_pretrain.py:70b", "'70b' is not one of '7b', '13b'. Did you mean '7b'?"),
         (
             "llava15_pretrain.py:7b",
-            "checkpoints/clip-vit-large-patch14-336 does not exist; set --config.init.",
+            "checkpoints/clip-vit-large-patch14-336 and init.language_model=checkpoints/vicuna-7b-v1.5 do not exist; set",
         ),
     ],
 )

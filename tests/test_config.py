@@ -210,3 +210,15 @@ def test_cutoff_len_is_another_name_of_max_length():
     staged = default_config("pretrain", "finetune")
     staged.stages.finetune.data.cutoff_len = 1024
     assert [stage.data.max_length for stage in parse(staged).stages.values()] == [2048, 1024]
+
+
+def test_a_home_directory_is_found_at_the_beginning_of_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = default_config()
+    recipe.init.update(model="~/model", adapters="~/a,b~/c,~/d", tokenizer="x/~/y")
+    recipe.data.update(path="~/one.json,~/two.json", eval_path="seen=~/three.json")
+    config = parse(recipe).first
+    assert (config.init.model, config.init.tokenizer) == ("/home/me/model", "x/~/y")
+    assert config.init.adapters == "/home/me/a,b~/c,/home/me/d"
+    assert config.data.path == "/home/me/one.json,/home/me/two.json"
+    assert config.data.eval_path == "seen=/home/me/three.json"

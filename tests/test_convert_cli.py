@@ -161,7 +161,7 @@ def test_an_adapter_is_inspected_and_merged(llava_hf, tmp_path, capsys):
     assert run("merge-lora", llava_hf, tmp_path / "lora", tmp_path / "ours") == 0
     assert capsys.readouterr().out.splitlines() == [
         f"Reading {llava_hf} and {tmp_path / 'lora'}",
-        "language_model: 1 tensors changed by LoRA, 0 replaced",
+        "language_model: 1 arrays with LoRA, 0 replaced",
         f"Wrote {tmp_path / 'ours'} (from llava-hf and LoRA, 37 arrays)",
     ]
     how = ("--layout=llava-hf", "--max-shard-size=40KB")

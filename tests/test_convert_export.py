@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import sentencepiece
@@ -15,16 +16,20 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
+    AutoTokenizer,
     LlavaForConditionalGeneration,
 )
 
 from llava_jax.convert import source
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.export import write_hf
-from llava_jax.convert.names import model_rows
+from llava_jax.convert.names import model_rows, text_rows
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.ours import write_model
 from llava_jax.convert.source import Leaf
+from llava_jax.data.conversation import tokenize
+from llava_jax.data.templates import TEMPLATES
+from llava_jax.data.tokenizer import load_tokenizer
 from tests.tiny_models import GOLDEN, LLAMA_TOKENIZER, assert_same_leaves, export, random_source, save_llava
 
 
@@ -207,6 +212,40 @@ def test_the_chat_template_writes_the_training_prompt(small_tokenizer, tmp_path)
     own = {"role": "system", "content": "Be short."}
     assert processor.apply_chat_template([own, more]) == "Be short. USER: Sure? "
     assert not (tmp_path / "hf/chat_template.json").exists()
+
+
+SETTINGS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "legacy"), [("v1", False), ("v1", True), ("mistral_instruct", False), ("llama_2", False)]
+)
+def test_a_decoder_alone_chats_in_the_tokens_of_training(name, legacy, small_tokenizer, tmp_path):
+    """As transformers and vLLM make them: what the chat template writes is tokenized without adding anything."""
+    model, arrays = random_source()
+    model = dataclasses.replace(model, text=dataclasses.replace(model.text, vocab_size=400))
+    arrays |= {row.leaf: np.zeros(row.shape, np.float32) for row in text_rows(model.text)}
+    path = str(tmp_path)
+    shutil.copy(small_tokenizer, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(SETTINGS | {"legacy": legacy}))
+    fields = {"read": arrays.__getitem__, "tokenizer_path": path, "template": name}
+    write_hf(tmp_path / "hf", layout="llama", model=model, **fields)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turns = [("human", "What is it?"), ("gpt", "A cat.")]
+    roles = {"human": "user", "gpt": "assistant"}
+    chat = [{"role": roles[role], "content": text} for role, text in turns]
+    expected = tokenize(turns, TEMPLATES[name], load_tokenizer(path), num_images=0).tokens
+    assert tokenizer.apply_chat_template(chat)["input_ids"] == expected.tolist()
+    begun = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
+    assert begun == expected[: len(begun)].tolist() and begun[0] == 1 and begun.count(1) == 1
+    picture = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]
+    with pytest.raises(jinja2.TemplateError, match="sees no images"):
+        tokenizer.apply_chat_template(picture)
 
 
 @pytest.mark.parametrize("strategy, count", [("patch", 16), ("cls_patch", 17)])

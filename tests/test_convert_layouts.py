@@ -264,8 +264,9 @@ def test_a_description_counts_every_parameter_and_byte(plain, tmp_path):
     assert describe(open_model(tmp_path / "ours")).arrays == found.arrays
 
 
-def test_a_released_original_is_described_without_its_tower(plain, tmp_path):
+def test_a_released_original_is_described_without_its_tower(plain, tmp_path, monkeypatch):
     """Only the tower's name is there, and the published towers are known."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     name = "openai/clip-vit-large-patch14-336"
     directory = as_original(plain, tmp_path / "llava", tower=False, mm_vision_tower=name)
     found = describe(read_model(directory))

@@ -15,10 +15,11 @@ from urllib.parse import unquote
 
 import pytest
 
-from llava_jax.config import ModelConfig
-from llava_jax.convert.download import fetch
+from llava_jax.config import Config, ConfigError, InitConfig, ModelConfig
+from llava_jax.convert.download import LOCAL, fetch
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.opening import open_model, open_parts
+from llava_jax.weights import find_tokenizer, initial_weights
 from tests.tiny_models import ROOT, as_original, assert_same_leaves, save_clip, save_llava
 
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
@@ -214,6 +215,64 @@ def test_paths_are_never_looked_up(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(ConversionError, match=r"does not exist\.$"):
         fetch(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("runs/quickstrt", r"because runs/ is where local files are kept\. Correct the path"),
+        (
+            "checkpoints/vicuna-7b-v1.5",
+            r"because checkpoints/ is .* hf download ORG/NAME --local-dir=checkpoints",
+        ),
+        ("mine/model@main", r"because there is a directory mine here\."),
+    ],
+)
+def test_a_misspelled_path_is_never_looked_up(name, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConversionError, match=f"^{name} does not exist.*{reason}"):
+        fetch(name)
+
+
+def test_the_local_directories_of_recipes_and_documents_are_never_looked_up():
+    texts = [file.read_text() for folder in ("configs", "docs") for file in (ROOT / folder).glob("*.[pm]*")]
+    named = {
+        part for text in texts for part in re.findall(r"""(?:init\.\w+|--model) ?= ?f?["']?(\w+)/""", text)
+    }
+    assert {"checkpoints", "runs"} <= named <= {*LOCAL, "openai"}
+
+
+def test_training_names_all_that_is_missing_and_fetches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    clip, lora = tmp_path / "clip", tmp_path / "lora"
+    clip.mkdir()
+    init = {"language_model": "lmsys/vicuna@v1", "projector": "/none.bin", "adapters": f"{clip},{lora}"}
+    with pytest.raises(ConfigError) as raised:
+        initial_weights(Config(init=InitConfig(vision_tower=str(clip), **init)))
+    assert str(raised.value) == (
+        f"init.language_model=lmsys/vicuna@v1 and init.projector=/none.bin and init.adapters={tmp_path}/lora do not exist; "
+        "set --config.init.language_model and --config.init.projector and --config.init.adapters to where they lie. "
+        "Training fetches nothing from the Hugging Face hub, since every process reads these files whenever the run is "
+        "continued. Fetch them once, and name that directory: "
+        "hf download lmsys/vicuna --revision=v1 --local-dir=checkpoints/vicuna"
+    )
+    with pytest.raises(
+        ConfigError, match=r"^init\.language_model=org/llm does not exist; .*hf download org/llm"
+    ):
+        find_tokenizer(InitConfig(language_model="org/llm"))
+
+
+def test_the_published_tower_that_an_original_names_is_fetched(tmp_path, monkeypatch):
+    clip = save_clip(tmp_path / "clip", save_llava(tmp_path / "model"))
+    name = "openai/clip-vit-large-patch14-336"
+    original = as_original(tmp_path / "model", tmp_path / "original", tower=False, mm_vision_tower=name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(ConversionError, match=r"holds no CLIP tower, .* Fetching it failed: openai/clip"):
+        open_model(original)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda found, **_: {name: str(clip)}[found])
+    assert_same_leaves(open_model(original), open_model(original, vision_tower=clip))
 
 
 def test_what_is_here_is_never_looked_up(tmp_path, monkeypatch):

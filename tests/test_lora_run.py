@@ -1,5 +1,6 @@
 """Whole runs of the LoRA recipes on a tiny model: resumed, sharded, exported, merged."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax import trainer
+from llava_jax.convert.adapter_export import write_adapter
 from llava_jax.convert.adapters import open_adapter
 from llava_jax.convert.merging import merge
 from llava_jax.convert.opening import open_model
@@ -14,7 +16,7 @@ from llava_jax.convert.ours import write_model
 from llava_jax.recipe import parse
 from llava_jax.run_adapter import open_run_adapter
 from llava_jax.sharding import make_mesh
-from llava_jax.weights import initial_weights, open_run
+from llava_jax.weights import initial_weights, open_any, open_run
 from tests.test_trainer import metrics, one_device, parameters, run_until_saved  # noqa: F401 (a fixture)
 from tools.convert_weights import main as convert
 
@@ -102,6 +104,12 @@ def test_the_task_recipe_trains_a_finished_model_further(tiny_recipe, base, tmp_
     np.testing.assert_array_equal(initial_weights(parse(config).first).read(name), trained)
     adapter = open_run_adapter(tmp_path / "run")
     assert adapter.base == base and len(adapter.low_rank) == 7
+    # It may lie on a run as well, which is opened for it.
+    adapter = dataclasses.replace(adapter, base=str(tmp_path / "run"))
+    write_adapter(tmp_path / "lora", adapter, layout="peft")
+    expected = merge(open_run(tmp_path / "run"), open_adapter(tmp_path / "lora")).read(name)
+    np.testing.assert_array_equal(open_any(tmp_path / "lora").read(name), expected)
+    assert np.abs(expected - trained).max() > 1e-4
     assert {name.split(".")[0] for name in adapter.replaced} == {"multi_modal_projector"}
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +13,10 @@ import tensorstore as ts
 from llava_jax import saved_parameters
 from llava_jax.config import MeshConfig
 from llava_jax.convert import source
+from llava_jax.convert.errors import ConversionError
+from llava_jax.convert.orbax_weights import StoredArrays
 from llava_jax.convert.source import completed
+from llava_jax.digests import write_digests
 from llava_jax.errors import CheckpointError
 from llava_jax.saved_parameters import SavedParameters, save_args
 from llava_jax.sharding import make_mesh, parameter_sharding
@@ -101,10 +105,34 @@ def test_of_a_stacked_parameter_only_the_layers_asked_for_are_read(values, tmp_p
     assert 0 < bytes_read() - before < 1.2 * kernel[0].nbytes  # random values hardly shrink
 
 
-def test_a_parameter_that_cannot_be_read_names_the_checkpoint(values, tmp_path):
+def test_a_checkpoint_is_read_through_any_path(values, tmp_path, monkeypatch):
+    save(tmp_path / "runs", values)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "here")
+    for path in ("../runs", "../here/../link"):
+        assert_read(SavedParameters(Path(path), 3), values)
+        found = StoredArrays(Path(path) / "3/state").read(f"trainable.{BIAS}")
+        np.testing.assert_array_equal(found, values[BIAS])
+
+
+def test_a_parameter_in_a_damaged_file_names_the_file(values, tmp_path):
     saved = save(tmp_path, values)
+    write_digests(saved.path)
     for file in (tmp_path / "3/state").rglob("d/*"):
         file.write_bytes(b"\x00" * file.stat().st_size)
-    message = rf"checkpoint {re.escape(str(tmp_path / '3'))} cannot be read: .+Delete that directory"
+    message = rf"checkpoint {re.escape(str(tmp_path / '3'))} cannot be read: .+ state/\S+ has changed; .*move that dir"
     with pytest.raises(CheckpointError, match=message):
         saved.leaves()[KERNEL].read()
+
+
+def test_files_that_are_whole_are_never_to_be_moved_away(values, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise ConversionError("no") from PermissionError(13, "Permission denied")
+
+    saved = save(tmp_path, values)
+    write_digests(saved.path)
+    monkeypatch.setattr(saved_parameters.StoredArrays, "read", refuse)
+    with pytest.raises(CheckpointError, match=r"Permission denied .*its files are whole; look at") as raised:
+        saved.leaves()[KERNEL].read()
+    assert "away" not in str(raised.value) and "elete" not in str(raised.value)

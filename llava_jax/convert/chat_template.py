@@ -21,6 +21,7 @@ _CONTENT = """\
 {%- endmacro -%}
 """
 _LINES = "([IMAGE] * seen.images + ([text] if text else [])) | join('\\n') if seen.images else text"
+_NO_IMAGES = "raise_exception('This is the decoder alone, which sees no images.') if seen.images else text"
 _CAPTION = "IMAGE * seen.images if seen.images else text"
 
 _CHAT = """\
@@ -54,15 +55,18 @@ _CAPTIONS = """\
 """
 
 
-def chat_template(template: Template, image: str) -> str:
-    """A jinja text that writes a chat as `template` does in training; `image` is written for each picture.
+def chat_template(template: Template, image: str | None) -> str:
+    """A jinja text that writes a chat as `template` does in training; `image` is written for each picture, and None refuses
+    them.
 
     Its messages are those of transformers: a role (system, user, assistant) and a content, which is a text or a
     list of images and texts.
     """
-    written = template.image.replace(PLACEHOLDER, image)
-    content = _fill(_CONTENT, IMAGES=_CAPTION if template.caption_only else _LINES)
-    content = _fill(content, IMAGE=_text(written))
+    if image is None:
+        content = _fill(_CONTENT, IMAGES=_NO_IMAGES)
+    else:
+        content = _fill(_CONTENT, IMAGES=_CAPTION if template.caption_only else _LINES)
+        content = _fill(content, IMAGE=_text(template.image.replace(PLACEHOLDER, image)))
     if template.caption_only:
         return content + _fill(_CAPTIONS, AFTER=_text(template.assistant.after))
     inside = "{%- if not chat.begun -%}{%- set content = chat.system + content -%}{%- endif -%}\n"

@@ -9,6 +9,9 @@ from llava_jax.convert.errors import ConversionError
 
 # The hub's rule for names, and a branch, tag or commit behind an @.
 _REPOSITORY = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
+# First parts of the paths that our recipes and documents name, and others in use: whoever has such an account on the hub
+# must not become the one who supplies a model that is only misspelled here.
+LOCAL = ("checkpoints", "data", "export", "models", "output", "outputs", "playground", "runs", "saves")
 _SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -46,19 +49,44 @@ def fetch(name) -> Path:
     """`name` as a path; a repository `org/name` or `org/name@revision` that is no path here is downloaded.
 
     Files that lie in the hub's cache already are not fetched again, and a download that was interrupted goes
-    on. The commit is printed on stderr: give it as the revision, and the same files come for ever. Nothing
-    that begins with `.`, `/` or `~` is looked up. Raises ConversionError.
+    on. The commit is printed on stderr: give it as the revision, and the same files come for ever. Nothing that
+    begins with `.`, `/` or `~`, with a directory that is here, or with one of `LOCAL`, is looked up. Raises
+    ConversionError.
     """
-    name = str(name)
     path = Path(name).expanduser()
     if path.exists():
         return path
-    repository = _REPOSITORY.fullmatch(name)
+    repository = _REPOSITORY.fullmatch(str(name))
     if repository is None:
         raise ConversionError(f"{path} does not exist.")
+    if reason := _why_local(path):
+        raise ConversionError(
+            f"{path} does not exist. It is taken for a path and not looked up on the Hugging Face hub, because {reason}. "
+            f"Correct the path, or bring a model there: hf download ORG/NAME --local-dir={path}"
+        )
     snapshot = _download(repository["id"], repository["revision"])
     print(f"{repository['id']} is at commit {snapshot.name}, in {snapshot}", file=sys.stderr, flush=True)
     return snapshot
+
+
+def is_repository(name: str) -> bool:
+    """Whether `fetch` would look on the hub for `name`."""
+    path = Path(name).expanduser()
+    return not path.exists() and _REPOSITORY.fullmatch(name) is not None and not _why_local(path)
+
+
+def download_command(name: str, directory: str) -> str:
+    """The command that brings a repository into `directory`."""
+    found = _REPOSITORY.fullmatch(name)
+    revision = f" --revision={found['revision']}" if found["revision"] else ""
+    return f"hf download {found['id']}{revision} --local-dir={directory}"
+
+
+def _why_local(path: Path) -> str:
+    first = path.parts[0]
+    if Path(first).is_dir():
+        return f"there is a directory {first} here"
+    return f"{first}/ is where local files are kept" if first in LOCAL else ""
 
 
 def _download(repository: str, revision: str | None) -> Path:

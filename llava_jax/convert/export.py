@@ -11,7 +11,12 @@ import numpy as np
 
 from llava_jax.config import ModelConfig
 from llava_jax.convert.errors import ConversionError
-from llava_jax.convert.hf_processor import write_processor, write_slow_tokenizer_config, write_tokenizer
+from llava_jax.convert.hf_processor import (
+    write_decoder_template,
+    write_processor,
+    write_slow_tokenizer_config,
+    write_tokenizer,
+)
 from llava_jax.convert.matching import reading_axis
 from llava_jax.convert.model_configs import (
     ORIGINAL_TOKENS,
@@ -27,7 +32,7 @@ from llava_jax.convert.shard_writer import ShardWriter
 from llava_jax.convert.source import Index, Leaf, read_ahead
 from llava_jax.convert.tokenizer_files import copy_tokenizer
 from llava_jax.convert.transposing import contiguous
-from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def write_hf(
@@ -54,7 +59,7 @@ def write_hf(
     import, else the mean of ours. "llava" keeps our vocabulary and holds the CLIP tower. CLIP's layers and
     norm that are never run come from `set_aside`; without it they are written as identities: layers whose
     projections and biases are zero, norms of scale one. "llama" is the decoder alone, as a LlamaForCausalLM or, with
-    Qwen2's biases, a Qwen2ForCausalLM.
+    Qwen2's biases, a Qwen2ForCausalLM, whose tokenizer_config.json has the chat template.
 
     Raises ConversionError if the layout cannot express the model or `directory` exists and is not empty.
     """
@@ -83,7 +88,10 @@ def write_hf(
             if layout == "llava":
                 fields = write_llava_config(model, tokens, dtype=named_dtype)
             else:
-                tokens = _tokens_of(tokenizer_path, model)
+                if tokenizer_path:
+                    tokenizer = load_tokenizer(tokenizer_path, model.extra_tokens)
+                    tokens = _tokens_of(tokenizer)
+                    write_decoder_template(partial, template, tokenizer)
                 fields = write_llama_config(model.text, tokens, dtype=named_dtype)
         if layout != "llama":
             fields |= {"image_aspect_ratio": image_aspect_ratio}
@@ -98,10 +106,7 @@ def write_hf(
         )
 
 
-def _tokens_of(tokenizer_path: str, model: ModelConfig) -> SpecialTokens:
-    if not tokenizer_path:
-        return ORIGINAL_TOKENS
-    tokenizer = load_tokenizer(tokenizer_path, model.extra_tokens)
+def _tokens_of(tokenizer: Tokenizer) -> SpecialTokens:
     pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     return dataclasses.replace(ORIGINAL_TOKENS, bos=tokenizer.bos_id, eos=tokenizer.eos_id, pad=pad)
 

@@ -12,7 +12,9 @@ from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.json_files import read_json
 from llava_jax.convert.model_configs import SpecialTokens
 from llava_jax.convert.tokenizer_files import copy_tokenizer, is_legacy
-from llava_jax.data.templates import TEMPLATES
+from llava_jax.data.conversation import render
+from llava_jax.data.templates import TEMPLATES, Template
+from llava_jax.data.tokenizer import Tokenizer
 
 IMAGE, PAD = "<image>", "<pad>"
 
@@ -117,6 +119,45 @@ def write_slow_tokenizer_config(directory: Path) -> None:
     _write_json(directory / "tokenizer_config.json", fields)
 
 
+def write_decoder_template(directory: Path, template: str, tokenizer: Tokenizer) -> None:
+    """Adds the chat template of a decoder alone to the settings of its tokenizer, which lies in `directory`.
+
+    transformers and vLLM tokenize what it writes without adding anything, so that it writes the BOS too.
+    """
+    if template not in TEMPLATES:
+        _warn_of_template(template)
+        return
+    file = directory / "tokenizer_config.json"
+    text = _beginning(directory, TEMPLATES[template], tokenizer) + chat_template(TEMPLATES[template], None)
+    _write_json(file, (read_json(file) if file.exists() else {}) | {"chat_template": text})
+
+
+def _beginning(directory: Path, template: Template, tokenizer: Tokenizer) -> str:
+    """What stands before a chat in jinja, so that its ids are those of training.
+
+    Llama's tokenizer puts a space before a text, but with `legacy` false not behind a BOS that is part of it: there one is
+    written.
+    """
+    if tokenizer.bos_id is None:
+        return ""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(directory)
+    text = "a"
+    if not template.caption_only:
+        text = "".join(span.text for span in render([("human", "a"), ("gpt", "b")], template, num_images=0))
+    spaced = theirs(f"{theirs.bos_token} {text}", add_special_tokens=False).input_ids
+    as_in_training = [tokenizer.bos_id, *tokenizer.encode(text)]
+    # Few ids are enough: later ones may differ where a text has runs of spaces.
+    return "{{- bos_token + ' ' -}}\n" if spaced[:3] == as_in_training[:3] else "{{- bos_token -}}\n"
+
+
+def _warn_of_template(template: str) -> None:
+    logging.getLogger(__name__).warning(
+        "No chat template is written: conversation template %r is none of ours.", template
+    )
+
+
 def write_processor(
     directory: Path, model: ModelConfig, *, template: str, image_aspect_ratio: str, image_in_prompt: str
 ) -> None:
@@ -142,9 +183,7 @@ def write_processor(
         text = chat_template(TEMPLATES[template], behind_image)
         (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
         return
-    logging.getLogger(__name__).warning(
-        "No chat template is written: conversation template %r is none of ours.", template
-    )
+    _warn_of_template(template)
 
 
 def _image_processor(model: ModelConfig, image_aspect_ratio: str) -> dict:

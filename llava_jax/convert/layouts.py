@@ -102,10 +102,7 @@ def _llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> Readin
     tower = tower_directory(path, fields, vision_tower)
     lacks = ""
     if not holds_tower and tower is None:
-        lacks = (
-            f"{path} holds no CLIP tower, and mm_vision_tower={fields.get('mm_vision_tower')!r} in "
-            "its config.json is no directory here; give one, or a repository (--vision-tower=DIR)."
-        )
+        lacks = _without_tower(path, fields)
         if fields.get("mm_vision_tower") not in PUBLISHED_TOWERS and "vision_config" not in fields:
             raise ConversionError(lacks)
     vision = _tower_config(fields, tower, where(path, fields))
@@ -212,6 +209,30 @@ def tower_directory(path: Path, fields: dict, vision_tower) -> Path | None:
     return next((folder for folder in folders if name and (folder / "config.json").exists()), None)
 
 
+def fetched_tower(path: Path, fields: dict) -> Path:
+    """The published CLIP that a model without a tower names, from the hub; raises ConversionError if it names another."""
+    name = fields.get("mm_vision_tower")
+    if name not in PUBLISHED_TOWERS:
+        raise ConversionError(_without_tower(path, fields))
+    try:
+        return fetch(name)
+    except ConversionError as error:
+        raise ConversionError(f"{_without_tower(path, fields)} Fetching it failed: {error}") from error
+
+
+def _without_tower(path: Path, fields: dict) -> str:
+    name = fields.get("mm_vision_tower")
+    beside = (
+        f"Put the CLIP directory at {path.absolute().parent / Path(name).name}, or convert"
+        if name
+        else "Convert"
+    )
+    return (
+        f"{path} holds no CLIP tower, and mm_vision_tower={name!r} in its config.json is no directory here. {beside} with "
+        f"the tower named: tools/convert_weights.py from-hf --vision-tower=DIR {path} DST."
+    )
+
+
 def _tower_config(fields: dict, tower: Path | None, file: str) -> VisionConfig:
     if "vision_config" in fields:
         return read_vision_config(fields, file)
@@ -221,5 +242,6 @@ def _tower_config(fields: dict, tower: Path | None, file: str) -> VisionConfig:
     if name in PUBLISHED_TOWERS:
         return PUBLISHED_TOWERS[name]
     raise ConversionError(
-        f"{file} names the tower {name!r}, whose config is unknown; give its directory (--vision-tower=DIR)."
+        f"{file} names the tower {name!r}, whose config is unknown; convert with its directory named: "
+        f"tools/convert_weights.py from-hf --vision-tower=DIR {Path(file).parent} DST."
     )

@@ -1,7 +1,9 @@
 """Merges a LoRA adapter into the model that it was trained on."""
 
 import dataclasses
+import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 (teaches numpy the name "bfloat16")
@@ -51,12 +53,13 @@ def merge(base: ModelSource, adapter: Adapter, *, vision_tower="") -> ModelSourc
 
 
 def describe_changes(adapter: Adapter) -> list[str]:
-    """One line per module that the adapter changes, and a warning where that is CLIP."""
-    low_rank, replaced = (
-        Counter(name.split(".")[0] for name in names) for names in (adapter.low_rank, adapter.replaced)
-    )
+    """One line per module that the adapter changes, and a warning where that is CLIP.
+
+    Counted are arrays as our models have them, of which one stacks the tensors of all layers.
+    """
+    low_rank, replaced = map(_arrays_of_modules, (adapter.low_rank, adapter.replaced))
     lines = [
-        f"{module}: {low_rank[module]} tensors changed by LoRA, {replaced[module]} replaced"
+        f"{module}: {low_rank[module]} arrays with LoRA, {replaced[module]} replaced"
         for module in sorted(low_rank | replaced)
     ]
     if low_rank[VISION.rstrip(".")]:
@@ -65,16 +68,17 @@ def describe_changes(adapter: Adapter) -> list[str]:
     return lines
 
 
+def _arrays_of_modules(tensors: Iterable[str]) -> Counter[str]:
+    arrays = {re.sub(r"\.layers\.\d+\.", ".layers.", tensor) for tensor in tensors}
+    return Counter(array.split(".")[0] for array in arrays)
+
+
 def _llava_around(decoder: ModelSource, adapter: Adapter, vision_tower) -> ModelSource:
     """A decoder, and the tower that the adapter's config.json names, as a LLaVA that still lacks its projector."""
     fields = layouts.config_fields(adapter.path)
     where = layouts.where(adapter.path, fields)
     tower = layouts.tower_directory(adapter.path, fields, vision_tower)
-    if tower is None:
-        raise ConversionError(
-            f"The base is only a decoder, and mm_vision_tower={fields.get('mm_vision_tower')!r} in {where} is no "
-            "directory here; give the CLIP directory (--vision-tower=DIR)."
-        )
+    tower = tower or layouts.fetched_tower(adapter.path, fields)
     clip_fields = layouts.config_fields(tower)
     vision = layouts.read_clip(tower, TensorFiles(tower), clip_fields).config
     model = dataclasses.replace(read_llava_config(fields, vision, where), text=decoder.config)

@@ -21,7 +21,7 @@ def new_directory(destination) -> Iterator[Path]:
     if `destination` is there and no empty directory, if another process is writing it, or if something that no
     write has left is in the way.
     """
-    destination = Path(os.path.realpath(destination))
+    destination = Path(destination).expanduser().resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(
             f"{destination} exists and is not an empty directory; remove it or choose another name."

@@ -1,6 +1,7 @@
 """Opens any model directory or file; what it is follows from its content, never from its name."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from llava_jax.config import ConfigError, ModelConfig
@@ -17,22 +18,29 @@ from llava_jax.convert.tensors import TensorFiles
 from llava_jax.convert.vocabulary import EMBEDDING
 
 
-def open_model(path, *, vision_tower="", needs_tower=True) -> ModelSource:
+def open_model(
+    path, *, vision_tower="", needs_tower=True, open_base: Callable[..., ModelSource] | None = None
+) -> ModelSource:
     """Opens a whole model, a CLIP tower, a decoder, a LoRA adapter with its base, or a file of projector weights.
 
     Reads headers only. `vision_tower`: a CLIP directory or repository for an original LLaVA that holds no tower and
-    names none that is here. A tower inside the checkpoint wins over it. Where it is not needed, the model may come
-    without. Raises ConversionError.
+    names none that is here; a published one that it names is fetched. A tower inside the checkpoint wins over it. Where
+    it is not needed, the model may come without. `open_base(path, vision_tower=)` opens the base of an adapter; default:
+    this function. Raises ConversionError.
     """
     path = fetch(path)
     if is_adapter(path):
         with of_right_kinds(path / "adapter_config.json"):
             adapter = open_adapter(path)
-        return merge(_base_of(adapter, vision_tower), adapter, vision_tower=vision_tower)
+        return merge(
+            _base_of(adapter, vision_tower, open_base or open_model), adapter, vision_tower=vision_tower
+        )
     reading = read_model(path, vision_tower=vision_tower)
     if isinstance(reading, ModelSource):
         return reading
-    return (reading if needs_tower else dataclasses.replace(reading, lacks="")).source()
+    if reading.lacks and needs_tower:
+        reading = read_model(path, vision_tower=layouts.fetched_tower(path, layouts.config_fields(path)))
+    return dataclasses.replace(reading, lacks="").source()
 
 
 def read_model(path, *, vision_tower="") -> Reading | Adapter | ModelSource:
@@ -86,7 +94,7 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> Mod
     return ModelSource("parts", model, leaves, idle, decoder.tokenizer_path if decoder else "")
 
 
-def _base_of(adapter: Adapter, vision_tower) -> ModelSource:
+def _base_of(adapter: Adapter, vision_tower, open_base: Callable[..., ModelSource]) -> ModelSource:
     """The model that an adapter's own files name: components beside it, a directory or a repository."""
     if layouts.has_components(adapter.path):
         return layouts.read_layout(adapter.path).source()
@@ -99,7 +107,7 @@ def _base_of(adapter: Adapter, vision_tower) -> ModelSource:
         ) from error
     if not adapter.base or is_adapter(base):
         raise ConversionError(f"{adapter.path} is a LoRA adapter and names no base that is a model; {advice}")
-    return open_model(base, vision_tower=vision_tower)
+    return open_base(base, vision_tower=vision_tower)
 
 
 def _component(path, layout: str, noun: str) -> ModelSource:

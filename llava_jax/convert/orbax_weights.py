@@ -79,7 +79,7 @@ class StoredArrays:
     """The arrays of a checkpoint that `save` or orbax wrote."""
 
     def __init__(self, directory: Path):
-        self._directory = directory.absolute()
+        self._directory = directory.resolve()  # tensorstore takes no `..`
         self._store = functools.cache(self._open)  # opening one reads the tree again
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
@@ -88,7 +88,8 @@ class StoredArrays:
             return self._store(name)[index].read().result()
         except (ValueError, OSError, KeyError) as error:
             raise ConversionError(
-                f"{self._directory}: {name} cannot be read ({error}); convert the model again."
+                f"{self._directory}: {name} cannot be read ({error}). If its files are damaged or "
+                "missing, convert the model again."
             ) from error
 
     def _open(self, name: str):
