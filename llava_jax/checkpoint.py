@@ -282,9 +282,11 @@ class Checkpoints:
             )
         if damage := self._find_damage(path):
             raise CheckpointError(f"{key} is damaged: {damage}. Name another one.")
-        obstacle = what_prevents_training(read_meta(path))
+        obstacle = None
         if step_of(path) > num_steps:
             obstacle = f"is of a later step than this stage's last, {num_steps}"
+        elif step_of(path) < num_steps:
+            obstacle = what_prevents_training(read_meta(path))
         if obstacle:
             raise CheckpointError(
                 f"{key} cannot be continued: it {obstacle}. Name another one, or start a new run from it with init.model."

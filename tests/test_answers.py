@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_jax import answer_samples
+from llava_jax import answer_samples, trainer
 from llava_jax.answer_samples import AnswerSamples
 from llava_jax.answers_page import to_page
 from llava_jax.config import ConfigError, DataConfig, EvaluateConfig, MeshConfig
@@ -305,6 +305,15 @@ def test_pictures_that_cannot_be_read_are_not_chosen(tiny_config, tmp_path, monk
 
 def read_nothing(self, path, *, is_frame=False):
     raise DataError(f"{path}: is broken")
+
+
+def test_questions_without_room_for_an_answer_are_found_before_training(tiny_recipe, tmp_path):
+    tiny_recipe.mesh.data, tiny_recipe.data.val_size = -1, 8
+    tiny_recipe.evaluate.update(predict_with_generate=True, max_new_tokens=250)
+    with pytest.raises(
+        DataError, match=r"evaluate\.predict_with_generate=True: nothing of the evaluation set can be asked"
+    ):
+        trainer.run(parse(tiny_recipe), tmp_path / "run")
 
 
 def test_the_page_escapes_what_it_shows_and_needs_no_other_file():

@@ -20,10 +20,10 @@ def open_checkpoints(directory, **settings) -> Checkpoints:
     return Checkpoints(directory, CheckpointConfig(**settings), Watchdog(None))
 
 
-def save_steps(directory, *steps, **settings) -> None:
+def save_steps(directory, *steps, meta: dict | None = None, **settings) -> None:
     with contextlib.closing(open_checkpoints(directory, **settings)) as checkpoints:
         for step in steps:
-            checkpoints.save(corruption.make_state(step), {"step": step})
+            checkpoints.save(corruption.make_state(step), {"step": step} | (meta or {}))
 
 
 def starting_point(directory, num_steps=100, **settings) -> Path | None:
@@ -225,6 +225,32 @@ def test_another_runs_last_checkpoint_leaves_nothing_to_train(tmp_path):
     own = str(tmp_path / "here/../old/4")  # the end of this very run is no mistake
     (tmp_path / "here").mkdir()
     assert starting_point(tmp_path / "old", num_steps=4, resume_from_checkpoint=own) == tmp_path / "old/4"
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"averaged": True}, r"/3 cannot be continued: it ended its stage with the average .*init\.model"),
+        (
+            {"averaged": False, "evaluated_as": 2},
+            "cannot be continued: it ended its stage with the parameters of step 2",
+        ),
+        ({"averaged": False, "evaluated_as": 3}, None),
+    ],
+)
+def test_what_ended_a_stage_with_other_parameters_is_not_trained_further(tmp_path, meta, message):
+    save_steps(tmp_path / "old", 3, meta=meta)
+    raises = pytest.raises(CheckpointError, match=message) if message else contextlib.nullcontext()
+    with raises:
+        start = starting_point(tmp_path / "new", resume_from_checkpoint=str(tmp_path / "old/3"))
+        assert start == tmp_path / "old/3"
+
+
+def test_a_checkpoint_under_the_number_of_another_step_is_not_used(tmp_path, capsys):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "2").rename(tmp_path / "3")
+    assert starting_point(tmp_path) == tmp_path / "1"
+    assert f"{tmp_path}/3 is damaged and not used: it holds the state after step 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

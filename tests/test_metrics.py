@@ -16,6 +16,18 @@ def test_rows_behind_a_checkpoint_are_forgotten_for_their_stage_only(tmp_path):
     assert log.rows() == rows[:3]
 
 
+def test_a_line_that_is_no_row_is_told_and_costs_no_other(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1}', '?"step": 2}', '{"step": "3"}', '{"step": 4}', '{"step": 5']
+    path.write_text("\n".join(lines))
+    log = MetricsLog(path)
+    assert log.rows() == log.rows() == [{"step": 1}, {"step": 4}]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2] for line in told] == [
+        f"a line is no row and left out: {line!r}" for line in lines[1:3]
+    ]
+
+
 def test_progress_prints_plain_lines_when_not_on_a_terminal(capsys):
     progress = Progress("pretrain", num_steps=20, first_step=0)
     row = {

@@ -227,12 +227,13 @@ def bytes_of_arguments(recipe) -> int:
 def test_where_devices_do_not_tell_their_memory_auto_is_full(tiny_config, tmp_path, capsys):
     config = dataclasses.replace(tiny_config, mesh=MeshConfig(), train=TrainConfig(remat="auto"))
     record = tmp_path / "remat.json"
+    record.write_text('{"finetune": {"remat": "none"}}')  # no whole record
     mesh = make_mesh(config.mesh)
-    settled = settle(config, mesh, 4, (128, 1), stage="finetune", record=record, continues=False)
+    settled = settle(config, mesh, 4, (128, 1), stage="finetune", record=record, continues=True)
     assert settled == dataclasses.replace(config, train=TrainConfig(remat="full"))
-    assert capsys.readouterr().out.startswith(
-        "finetune: train.remat=auto: full, for these devices do not tell"
-    )
+    told = capsys.readouterr()
+    assert told.out.startswith("finetune: train.remat=auto: full, for these devices do not tell")
+    assert "remat.json cannot be read (KeyError('needed_gib')); train.remat=auto is chosen anew" in told.err
     assert json.loads(record.read_text())["finetune"]["remat"] == "full"
 
 

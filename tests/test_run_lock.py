@@ -39,6 +39,12 @@ def test_a_killed_holder_loses_the_lock_at_once(tmp_path, capsys):
         assert "is stale; it is taken over" in capsys.readouterr().err
 
 
+def test_a_lock_that_says_nothing_is_nobodys(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff\xfe")
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
 def test_a_holder_on_another_host_is_believed_while_its_heart_beats(tmp_path):
     write_holder(tmp_path, "elsewhere", 12, silent_for=30)
     with pytest.raises(InUseError, match=r"in use by process 12 on elsewhere \(heartbeat 3[0-9] s ago\)"):

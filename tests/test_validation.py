@@ -12,7 +12,7 @@ from transformers.modelcard import parse_log_history
 from llava_jax import stage as stage_module
 from llava_jax import trainer
 from llava_jax import validation as validation_module
-from llava_jax.checkpoint import Checkpoints, saved_steps
+from llava_jax.checkpoint import Checkpoints, read_meta, saved_steps
 from llava_jax.config import TrainConfig
 from llava_jax.errors import ConfigError, StoppedError
 from llava_jax.recipe import parse
@@ -286,6 +286,8 @@ def test_the_best_of_averaged_parameters_are_the_averages_that_were_evaluated(
     best, found = evaluated[2], parameters(tmp_path)
     assert found.keys() == best.keys()
     assert all(np.array_equal(found[name], value) for name, value in best.items())
+    averaged = [read_meta(tmp_path / f"checkpoints/{step}").get("averaged", False) for step in (2, 3)]
+    assert averaged == [save_only_model, True]
     name = "multi_modal_projector.linear_1.kernel"
     assert not np.array_equal(best[name], evaluated[3][name])
     if save_only_model:
