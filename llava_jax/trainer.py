@@ -24,6 +24,7 @@ from llava_jax.data.dataset import open_datasets
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer, require_room
+from llava_jax.errors import CheckpointError
 from llava_jax.final_evaluation import answer_at_end, check_asked
 from llava_jax.metrics import Counter, MetricsLog
 from llava_jax.model_card import write_model_card
@@ -235,6 +236,16 @@ def _load_tokenizer(weights: ModelSource) -> Tokenizer:
 
 def _export(weights: ModelSource, config: Config, workdir: Path) -> None:
     directory = workdir / "export"
+    try:
+        _write_export(weights, config, workdir, directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"The export {directory} could not be written ({error.strerror}). Make room there and run the same command "
+            "again; what was trained is saved."
+        ) from error
+
+
+def _write_export(weights: ModelSource, config: Config, workdir: Path, directory: Path) -> None:
     if directory.exists():  # of an earlier end of this run, perhaps with other settings
         shutil.rmtree(directory)
     if config.export.layout in ADAPTER_LAYOUTS:

@@ -1,6 +1,7 @@
 """Whole runs of tiny recipes: what trains, what is written, and that a broken run continues with the same bits."""
 
 import dataclasses
+import errno
 import json
 import math
 import re
@@ -413,6 +414,17 @@ def test_a_run_can_be_opened_from_anywhere(tiny_recipe, tmp_path, monkeypatch):
     trainer.run(parse(tiny_recipe), Path("second"))
     monkeypatch.chdir("/")
     assert open_run(tmp_path / "second").read("language_model.norm.scale").shape == (32,)
+
+
+def test_an_export_without_room_says_where_and_that_nothing_is_lost(tiny_config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_write_export", fail)
+    with pytest.raises(
+        CheckpointError, match=r"/export could not be written \(No space .* what was trained is saved"
+    ):
+        trainer._export(None, tiny_config, tmp_path)
 
 
 def test_an_export_is_of_the_weights_that_the_run_ended_with(tiny_recipe, tmp_path):
