@@ -11,6 +11,7 @@ from flax import nnx
 
 from llava_jax.models.linear import keepable
 from llava_jax.models.quantization import QuantizableLinear
+from llava_jax.models.random_mask import random_mask
 
 DROPOUT_KEY = "dropout_key"
 
@@ -41,7 +42,7 @@ class LoraLinear(QuantizableLinear):
         y = self.product(x)
         x, a, b = self.promote_dtype((x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype)
         if self.dropout:
-            kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, x.shape)
+            kept = random_mask(self.dropout_key[...], 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         return keepable(y + keepable(x @ a) @ b * self.scale)
 
