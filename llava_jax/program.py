@@ -149,7 +149,7 @@ class Program:
             step,
             donate_argnums=0,
             out_shardings=(shardings, replicated(self.mesh)),
-            compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
+            compiler_options=compiler_options(self.mesh.devices.flat[0].platform, self.mesh.size),
         )
 
     def eval_step(self):

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.compile_attention import ENVIRONMENT
-from llava_jax.compiler import OPTIONS
+from llava_jax.compiler import OPTIONS, compiler_options
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="the extra [plan] is not installed")
@@ -29,6 +29,12 @@ def test_libtpu_knows_its_options(monkeypatch):
     compile_with(OPTIONS["tpu"])
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
         compile_with({"xla_tpu_no_such_option": True})
+
+
+def test_collectives_of_several_cpus_keep_their_order():
+    assert compiler_options("cpu", 2) == {}
+    assert compiler_options("cpu", 1) == OPTIONS["cpu"] != {}
+    assert compiler_options("tpu", 256) == OPTIONS["tpu"]
 
 
 PROGRAM = """
