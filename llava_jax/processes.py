@@ -56,6 +56,7 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
                 f"This looks like a cluster, but the processes cannot be joined: {error} Say where they are with "
                 "--coordinator, --num_processes and --process_id."
             ) from error
+        _require_alone()
         return
     except RuntimeError as error:
         raise HangError(
@@ -65,6 +66,22 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
     if jax.process_count() > 1:
         _Watcher().start()
         before_end(_tell)
+
+
+def _require_alone() -> None:
+    """Raises ConfigError if a launcher of which JAX knows nothing has started several processes: each would train by
+    itself."""
+    for size, rank in (
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI 5 says no more where its processes are
+        ("PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI
+        ("WORLD_SIZE", "RANK"),  # torchrun
+    ):
+        count = os.environ.get(size, "")
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(
+                f"{size}={count}: a launcher has started {count} processes, but JAX cannot find the others by it; add "
+                f"--coordinator=HOST_OF_PROCESS_0:8476 --num_processes=${size} --process_id=${rank}."
+            )
 
 
 def is_first() -> bool:

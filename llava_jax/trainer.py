@@ -58,6 +58,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
         check_model(
             mesh, last.model, {name: leaf.shape for name, leaf in abstract_model(last.model)[1].items()}
         )
+        print(_devices(mesh), flush=True)
         weights = initial_weights(recipe.first)
         tokenizer = _load_tokenizer(weights)
         for config in recipe.stages.values():
@@ -74,6 +75,12 @@ def run(recipe: Recipe, workdir: Path) -> None:
     agree(code_version() | devices | _settings(recipe) | _fingerprints(stages))
     with _open_run_directory(recipe, workdir):
         _run_stages(recipe, stages, weights, tokenizer, mesh, workdir)
+
+
+def _devices(mesh: Mesh) -> str:
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{processes}, mesh {sizes}"
 
 
 # What may differ between the processes of a run: the fingerprint tells whether they read the same data.

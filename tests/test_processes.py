@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llava_jax import processes
+from llava_jax.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -198,6 +199,21 @@ def test_a_process_is_silent_when_its_sign_of_life_stays_the_same(monkeypatch):
     for beat in ("a 1", "a 2", "a 2", "a 2"):  # seen at 0, 50, 100 and 150 s
         watcher._look_for_silent({"x/3": beat})
     assert ended == [(3, 14, ended[0][2])] and "on a" in ended[0][2]
+
+
+def test_processes_that_a_launcher_started_do_not_train_each_by_itself(monkeypatch):
+    def find_none(*_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(processes.jax.distributed, "initialize", find_none)
+    for size in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(size, raising=False)
+    processes.start()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    processes.start()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"OMPI_COMM_WORLD_SIZE=2: .*--process_id=\$OMPI_COMM_WORLD_RANK"):
+        processes.start()
 
 
 def test_one_process_needs_no_agreement():
