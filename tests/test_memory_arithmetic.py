@@ -1,5 +1,7 @@
 """What a step keeps, gathers and needs, by arithmetic, beside what jax keeps; and the advice that follows."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
@@ -17,9 +19,10 @@ from llava_jax.config import (
 from llava_jax.kernels import products_cpu
 from llava_jax.models.lora import dropout_keys
 from llava_jax.planning.activations import gathered_bytes, saved_bytes
-from llava_jax.planning.advice import Situation, advise
+from llava_jax.planning.advice import Advice, Situation, advise
 from llava_jax.planning.compilation import needed_bytes
 from llava_jax.planning.memory import Arguments, arguments
+from llava_jax.planning.report import _advice
 from llava_jax.program import Program
 from llava_jax.sharding import make_mesh
 from llava_jax.step import bind
@@ -66,6 +69,19 @@ def test_a_step_of_one_row_per_device_needs_more_devices_to_be_smaller():
         "--config.mesh.tensor=2 --config.train.accumulation_steps=2",
         "16 devices instead of 8",
     ]
+
+
+def test_it_is_said_when_no_advice_suffices():
+    plan = SimpleNamespace(
+        config=Config(),
+        target=SimpleNamespace(hbm_bytes=4 * GIB),
+        compiled=SimpleNamespace(peak=10 * GIB),
+        advice=[Advice("a", 5 * GIB, "b"), Advice("c", GIB, "d")],
+    )
+    *_, last = _advice(plan).splitlines()
+    assert last.startswith("  None of these suffices alone. LoRA")
+    plan.target.hbm_bytes = 5 * GIB
+    assert "suffices" not in _advice(plan)
 
 
 def lora(quantization: str, **train) -> dict:

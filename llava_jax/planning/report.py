@@ -1,5 +1,7 @@
 """What a plan says to a person."""
 
+import math
+
 from llava_jax.config import Config
 from llava_jax.metrics import format_seconds
 from llava_jax.planning.search import flags
@@ -79,11 +81,20 @@ def _verdict(plan: StagePlan) -> str:
     return f" of {hbm / GIB:.2f}: does not fit, {-spare:.2f} too much"
 
 
+_LORA = ' LoRA (tune.language_model="lora") keeps no gradients and moments of the decoder.'
+
+
 def _advice(plan: StagePlan) -> str:
     lines = ["What would help, cheapest first (GiB per device, by arithmetic; --search compiles them)"]
+    suffices = False
     for advice in plan.advice:
-        left = max(0, plan.compiled.peak - advice.saves) / GIB
-        lines.append(f"  {-advice.saves / GIB:>7.2f} -> {left:>6.2f}  {advice.change}  ({advice.price})")
+        left = max(0, plan.compiled.peak - advice.saves)
+        suffices |= left <= (plan.target.hbm_bytes or math.inf)
+        lines.append(
+            f"  {-advice.saves / GIB:>7.2f} -> {left / GIB:>6.2f}  {advice.change}  ({advice.price})"
+        )
+    if not suffices:
+        lines.append("  None of these suffices alone." + _LORA * (plan.config.tune.language_model == "full"))
     return "\n".join(lines)
 
 
