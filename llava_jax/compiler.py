@@ -12,9 +12,8 @@ _GPU = {
     "xla_gpu_enable_triton_gemm": False,
 }
 OPTIONS = {
-    # Lets operations that do not need each other run beside each other, which uses the cores better: steps of 100 million
-    # parameters take a third less time on two (docs/benchmarks.md). The order of several devices' collectives would be
-    # free, too, so it is for one.
+    # Lets operations that do not need each other run beside each other, which uses the cores better. The order of
+    # several devices' collectives would be free, too, so it is for one.
     "cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": True},
     "gpu": _GPU,
     "cuda": _GPU,

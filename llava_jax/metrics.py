@@ -93,9 +93,7 @@ class Progress:
         step, start = self.since
         seconds = time.monotonic() - start - (0 if self.compiled else row.get("compile_seconds", 0.0))
         eta = seconds / max(1, row["step"] - step) * (self.num_steps - row["step"])
-        if (
-            not self.compiled
-        ):  # nor is the first step, which is slow in other ways, too, counted in later rows
+        if not self.compiled:  # later rows do not count the first steps, which are slow in other ways, too
             self.compiled = True
             self.since = row["step"], time.monotonic()
         line = (

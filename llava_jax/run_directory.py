@@ -83,8 +83,8 @@ def open_run_directory(recipe: Recipe, workdir: Path) -> contextlib.AbstractCont
 def _holds_checkpoints(workdir: Path) -> bool:
     """Whether any stage has saved something, be it damaged."""
     root = workdir / "checkpoints"
-    stages = [root, *(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
-    return any(saved_steps(directory) for directory in stages)
+    # A stage's are in one of the first two, and what it has set aside one below.
+    return any(saved_steps(directory) for directory in (root, *root.glob("*"), *root.glob("*/*")))
 
 
 def _overwrite(recipe: Recipe, workdir: Path) -> list[str]:

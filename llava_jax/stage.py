@@ -112,7 +112,7 @@ def train_stage(stage: Stage, weights: ModelSource, mesh: Mesh, log: MetricsLog)
         checkpoints.close()
         watchdog.close()
     results = _results(stage, stage.rows(log), spent)
-    if results["steps"] < stage.num_steps:
+    if results["steps"] < stage.num_steps and validation.has_stalled():
         results["stopped_early_after"] = validation.ranking()[0]
     stage.write_state(log, results["steps"], validation, results)
     return results

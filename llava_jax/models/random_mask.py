@@ -10,9 +10,8 @@ def random_mask(key: jax.Array, share: float, shape: tuple[int, ...]) -> jax.Arr
     """bool[shape], each element true with probability `share` (in steps of 2^-32), independent of the others.
 
     jax.random.bernoulli does the same with threefry, which takes a hundred integer operations per element, and adapters see
-    every activation of every layer. These are twenty: an eleventh of the time on a CPU, and TPU's compiler takes 75
-    instead of 122 seconds for a step by LoRA (71 without dropout). Good enough for dropout, not for cryptography: the
-    finalizer of murmur3 twice, with half of the key before each.
+    every activation of every layer. These are twenty, which compile faster, too. Good enough for dropout, not for
+    cryptography: the finalizer of murmur3 twice, with half of the key before each.
     """
     before, between = jax.random.key_data(key).reshape(-1)[:2]
     place = jnp.zeros(shape, jnp.uint32)
