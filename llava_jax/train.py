@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from llava_jax.commands import read_recipe, run_command
+from llava_jax.host_memory import start_anew_with_tunables
 from llava_jax.interruption import listening, stop_at_once
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -42,18 +43,7 @@ def main() -> None:
         run(recipe, workdir)
 
 
-def use_huge_pages() -> None:
-    """Starts the process anew with glibc asking for huge pages.
-
-    Each step's large buffers go back to the system and are faulted in again, a third of a small step's time on a
-    CPU; with huge pages that is 100 times rarer. glibc reads the setting at process start only.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, sys.orig_argv)
-
-
 if __name__ == "__main__":
-    use_huge_pages()
+    start_anew_with_tunables()
     with listening(stop_at_once):
         run_command(main)

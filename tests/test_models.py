@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -17,6 +18,7 @@ from llava_jax.config import ModelConfig, TextConfig, VisionConfig
 from llava_jax.convert.opening import open_model
 from llava_jax.data import conversation
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
+from llava_jax.models import llama as decoder
 from llava_jax.models import llava
 from llava_jax.models.clip import normalize
 from llava_jax.models.llava import IMAGE_TOKEN, insert_image_features
@@ -218,3 +220,20 @@ def test_hidden_state_0_runs_no_layer():
     parameters = random_parameters(config, 0, shapes.keys())
     features = bind(graphdef, parameters).encode_images(jnp.zeros((2, 28, 28, 3), jnp.uint8))
     assert features.shape == (2, 4, 32)
+
+
+def test_rotations_are_the_same_on_every_platform():
+    config = TextConfig(128, 32, 48, 2, 4, 2, head_dim=8)
+    positions = jnp.arange(40).reshape(2, 20)
+    on_cpu = decoder.rotation_at(config, positions)
+    frequencies = decoder.rope_frequencies(8, config.rope_theta, config.rope_scaling)
+    elsewhere = jax.jit(decoder._rotation)(positions.astype(jnp.float32), frequencies)
+    for ours, theirs in zip(on_cpu, elsewhere, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_gradients_of_norm_scales_are_summed_in_float32():
+    tokens = jnp.ones((4, 1024, 8), jnp.bfloat16)
+    norm = decoder.RMSNorm(8, 0.0, jnp.bfloat16)
+    grads = nnx.grad(lambda norm: norm(tokens).astype(jnp.float32).sum())(norm)
+    np.testing.assert_array_equal(grads.scale[...], 4096.0)  # a sum in bfloat16 would stop at 256

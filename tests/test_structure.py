@@ -50,6 +50,7 @@ FLOORS = (
         "watchdog",
         "digests",
         "flops",
+        "host_memory",
         "run_lock",
     ),
     ("kernels", "sharding", "processes", "agreement", "compiler"),

@@ -38,7 +38,26 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        return y.astype(self.dtype) * self.scale.astype(self.dtype)
+        return _scaled(y.astype(self.dtype), self.scale.astype(self.dtype))
+
+
+@jax.custom_vjp
+def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
+    """y * scale, float[..., D]; the scale's gradient is summed in float32 whatever they are."""
+    return y * scale
+
+
+def _save_scaled(y, scale):
+    return y * scale, (y, scale)
+
+
+def _differentiate_scaled(saved, grad):
+    y, scale = saved
+    products = grad.astype(jnp.float32) * y.astype(jnp.float32)
+    return grad * scale, products.sum(axis=range(y.ndim - 1)).astype(scale.dtype)
+
+
+_scaled.defvjp(_save_scaled, _differentiate_scaled)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
@@ -65,8 +84,19 @@ class Rotation(NamedTuple):
 def rotation_at(config: TextConfig, positions: jax.Array) -> Rotation:
     """positions int[B, T] -> their Rotation."""
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    positions = positions.astype(jnp.float32)
+    return jax.lax.platform_dependent(positions, frequencies, default=_rotation, cpu=_rotation_in_loop)
+
+
+def _rotation(positions: jax.Array, frequencies: jax.Array) -> Rotation:
+    angles = positions[..., None, None] * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def _rotation_in_loop(positions: jax.Array, frequencies: jax.Array) -> Rotation:
+    """The same as a loop's result. XLA's CPU compiler computes it again for every head and layer otherwise."""
+    rotation = jax.lax.map(lambda frequency: _rotation(positions, frequency), frequencies)
+    return Rotation(*(jnp.moveaxis(each[..., 0], 0, -1) for each in rotation))
 
 
 def apply_rope(x: jax.Array, rotation: Rotation) -> jax.Array:

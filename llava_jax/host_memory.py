@@ -1,0 +1,39 @@
+"""How glibc hands memory to a process that trains. JAX is not imported: glibc reads its settings at the start only."""
+
+import importlib.util
+import os
+import platform
+import sys
+
+SETTING = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# Up to 4 GiB stay in one heap, which all threads share, instead of going back to the system.
+KEPT = [
+    f"glibc.malloc.mmap_threshold={2**32}",
+    f"glibc.malloc.trim_threshold={2**32}",
+    "glibc.malloc.arena_max=1",
+]
+
+
+def tunables() -> str:
+    """glibc's settings for this machine.
+
+    XLA frees a step's buffers when the step ends. On a CPU the system would find and clear that memory again for every
+    step, so the process keeps it. Where there may be an accelerator the host's buffers are batches and checkpoints,
+    which go back.
+    """
+    return ":".join([HUGE_PAGES, *KEPT] if _only_cpus() else [HUGE_PAGES])
+
+
+def start_anew_with_tunables() -> None:
+    """Starts this process anew with `tunables`, unless it has some or its C library is not glibc."""
+    if platform.libc_ver()[0] == "glibc" and SETTING not in os.environ:
+        os.environ[SETTING] = tunables()
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def _only_cpus() -> bool:
+    """Whether JAX can find no accelerator: it is told so, or has no plugin for any."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    return not any(importlib.util.find_spec(plugin) for plugin in ("libtpu", "jax_plugins"))
