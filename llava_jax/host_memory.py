@@ -7,10 +7,11 @@ import sys
 
 SETTING = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-# Up to 4 GiB stay in one heap, which all threads share, instead of going back to the system.
+# Buffers of less than 256 MB stay in one heap, which all threads share, instead of going back to the system. Larger ones
+# would lie there several times, because glibc seldom finds an aligned place for them where one has been freed.
 KEPT = [
-    f"glibc.malloc.mmap_threshold={2**32}",
-    f"glibc.malloc.trim_threshold={2**32}",
+    f"glibc.malloc.mmap_threshold={2**28}",
+    f"glibc.malloc.trim_threshold={2**30}",
     "glibc.malloc.arena_max=1",
 ]
 
