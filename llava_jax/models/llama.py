@@ -95,8 +95,8 @@ def _rotation(positions: jax.Array, frequencies: jax.Array) -> Rotation:
 
 def _rotation_in_loop(positions: jax.Array, frequencies: jax.Array) -> Rotation:
     """The same as a loop's result. XLA's CPU compiler computes it again for every head and layer otherwise."""
-    rotation = jax.lax.map(lambda frequency: _rotation(positions, frequency), frequencies)
-    return Rotation(*(jnp.moveaxis(each[..., 0], 0, -1) for each in rotation))
+    rotation = jax.lax.map(lambda position: _rotation(position, frequencies), positions.T)
+    return Rotation(*(each.swapaxes(0, 1) for each in rotation))
 
 
 def apply_rope(x: jax.Array, rotation: Rotation) -> jax.Array:
