@@ -443,6 +443,10 @@ def test_a_torn_or_missing_log_does_not_stop_a_run(tiny_recipe, tmp_path, monkey
         file.write('{"step": 3, "lo')
     trainer.run(parse(tiny_recipe), tmp_path)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+    first, *_ = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text(first)
+    trainer.run(parse(tiny_recipe), tmp_path)
+    assert "stopped_early_after" not in json.loads((tmp_path / "all_results.json").read_text())
     (tmp_path / "metrics.jsonl").unlink()
     trainer.run(parse(tiny_recipe), tmp_path)
 
