@@ -60,6 +60,63 @@ ENTRY %main (a: bf16[1,64,256], b: f32[64,512]) -> f32[64,512] {
 """
 
 
+# As TPU's compiler multiplies by what it gathers from its neighbours: a loop within a layer, unrolled twice, in which a
+# gather that the layer began goes on.
+WINDOWED_HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%start (param_0: bf16[64,256]) -> (bf16[64,256], bf16[512,256]) {
+  %param_0 = bf16[64,256]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[512,256]{1,0} all-gather(%param_0), channel_id=83, frontend_attributes={chain_id="0"}
+}
+
+%go_on (param_1: bf16[64,256]) -> bf16[512,256] {
+  %param_1 = bf16[64,256]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[512,256]{1,0} all-gather(%param_1), channel_id=83, frontend_attributes={chain_id="0"}
+}
+
+%turn (p: (bf16[64,256], u32[])) -> (bf16[64,256], u32[]) {
+  %p = (bf16[64,256]{1,0}, u32[]) parameter(0)
+  %x = bf16[64,256]{1,0} get-tuple-element(%p), index=0
+  %i = u32[] get-tuple-element(%p), index=1
+  %two = u32[] constant(2)
+  %f2 = bf16[512,256]{1,0} fusion(%x), kind=kCustom, calls=%go_on
+  %s1 = (bf16[64,256]{1,0}, bf16[64,256]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=65
+  %d1 = bf16[64,256]{1,0} collective-permute-done(%s1)
+  %s2 = (bf16[64,256]{1,0}, bf16[64,256]{1,0}, u32[], u32[]) collective-permute-start(%d1), channel_id=66
+  %d2 = bf16[64,256]{1,0} collective-permute-done(%s2)
+  %next = u32[] add(%i, %two)
+  ROOT %t = (bf16[64,256]{1,0}, u32[]) tuple(%d2, %next)
+}
+
+%goes_on (q: (bf16[64,256], u32[])) -> pred[] {
+  %eight = u32[] constant(8)
+  %q = (bf16[64,256]{1,0}, u32[]) parameter(0)
+  %j = u32[] get-tuple-element(%q), index=1
+  ROOT %lt = pred[] compare(%j, %eight), direction=LT
+}
+
+%layer (r: (s32[], bf16[64,256])) -> (s32[], bf16[64,256]) {
+  %r = (s32[], bf16[64,256]{1,0}) parameter(0)
+  %y = bf16[64,256]{1,0} get-tuple-element(%r), index=1
+  %f1 = (bf16[64,256]{1,0}, bf16[512,256]{1,0}) fusion(%y), kind=kCustom, calls=%start
+  %w = (bf16[64,256]{1,0}, u32[]) while(%y), condition=%goes_on, body=%turn
+  ROOT %t.1 = (s32[], bf16[64,256]{1,0}) tuple(%r, %y)
+}
+
+%less (s: (s32[], bf16[64,256])) -> pred[] {
+  %s = (s32[], bf16[64,256]{1,0}) parameter(0)
+  ROOT %fused = pred[] fusion(%s), kind=kLoop, calls=%compare
+}
+
+ENTRY %main (a: bf16[64,256]) -> bf16[64,256] {
+  %a = bf16[64,256]{1,0} parameter(0)
+  %v = (s32[], bf16[64,256]{1,0}) while(%a), condition=%less, body=%layer, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = bf16[64,256]{1,0} get-tuple-element(%v), index=1
+}
+"""
+
+
 # As TPU's compiler writes the sums of gradients that shard_map asks for: all of them on channel 1.
 SUMS_HLO = """\
 HloModule jit_step, is_scheduled=true
@@ -122,6 +179,15 @@ def test_tpu_collectives_are_counted_once_per_turn_of_their_loop():
         "all-reduce": Traffic(1, 64 * 512 * 4),
     }
     assert num_uncertain == 1  # nobody but the data knows how often the second loop turns
+
+
+def test_loops_that_gather_from_neighbours_turn_as_often_as_their_counter_grows():
+    traffic, num_uncertain = read_collectives(WINDOWED_HLO)
+    assert traffic == {
+        "all-gather": Traffic(3, 3 * 512 * 256 * 2),
+        "collective-permute": Traffic(3 * 4 * 2, 3 * 4 * 2 * 64 * 256 * 2),
+    }
+    assert num_uncertain == 0
 
 
 def test_gpu_collectives_count_what_is_whole_before_or_after():

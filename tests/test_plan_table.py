@@ -131,4 +131,4 @@ def test_what_scaling_tells_is_of_one_chip(monkeypatch, capsys):
     monkeypatch.setattr(scaling, "run_plan", plan)
     monkeypatch.setattr(sys, "argv", ["scaling", "--slices", "2x4"])
     scaling.main()
-    assert capsys.readouterr().out.splitlines()[-1] == "| v5e:2x4 | 8 | 1.75 | 3.00 | 3.00 | 0.50 | 1.00 |"
+    assert capsys.readouterr().out.splitlines()[-1] == "| v5e:2x4 | 8 | 1.75 | 3.00 | 3.50 | 1.00 |"

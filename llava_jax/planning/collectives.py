@@ -92,7 +92,10 @@ class _Program:
         return self._visit(self._entry, 1, True, set())
 
     def _visit(self, name: str, times: int, known: bool, seen: set) -> Iterator:
-        """`seen`: the chains met so far. Channels do not tell collectives apart: all of shard_map's have number 1."""
+        """`seen`: the chains met so far, some of which go on in loops after the one that began them.
+
+        Channels do not tell collectives apart: all of shard_map's have number 1.
+        """
         computation = self._computations.get(name, {})
         for instruction in computation.values():
             if instruction.kind:
@@ -103,16 +106,13 @@ class _Program:
             elif instruction.opcode == "while":
                 trips = self._trip_count(instruction)
                 for called in instruction.called:
-                    yield from self._visit(called, times * (trips or 1), known and trips is not None, set())
-            elif instruction.opcode == "fusion":
-                for called in instruction.called:
-                    yield from self._visit(called, times, known, seen)
+                    yield from self._visit(called, times * (trips or 1), known and trips is not None, seen)
             elif instruction.opcode not in ("async-update", "async-done"):
                 for called in instruction.called:
-                    yield from self._visit(called, times, known, set())
+                    yield from self._visit(called, times, known, seen)
 
     def _trip_count(self, loop: _Instruction) -> int | None:
-        """As the compiler noted it, or the constant that the loop's counter is compared with."""
+        """As the compiler noted it, or from the constants that the loop's counter is compared with and grows by."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
         if noted:
             return int(noted[1])
@@ -120,14 +120,32 @@ class _Program:
         compare = list(condition.values())[-1]
         if compare.opcode != "compare" or "direction=LT" not in compare.rest:
             return None
-        limit = condition.get(compare.operands[-1])
-        constant = limit and limit.opcode == "constant" and re.match(r"(\d+)\)", limit.rest)
-        return int(constant[1]) if constant else None
+        counter, limit = (condition.get(operand) for operand in compare.operands)
+        limit = _constant(limit)
+        return limit and -(-limit // self._growth(loop, counter))
+
+    def _growth(self, loop: _Instruction, counter: _Instruction) -> int:
+        """What is added to a loop's counter in each turn: 1 unless the loop was unrolled."""
+        body = self._computations[re.search(r"\bbody=%?([\w.\-]+)", loop.rest)[1]]
+        index = re.search(r"\bindex=(\d+)", counter.rest)
+        root = list(body.values())[-1]
+        grown = index and root.opcode == "tuple" and body.get(root.operands[int(index[1])])
+        if not grown or grown.opcode != "add":
+            return 1
+        return next(filter(None, (_constant(body.get(operand)) for operand in grown.operands)), 1)
+
+
+def _constant(instruction: _Instruction | None) -> int | None:
+    found = instruction and instruction.opcode == "constant" and re.match(r"(\d+)\)", instruction.rest)
+    return int(found[1]) if found else None
 
 
 def _size(instruction: _Instruction, operand_bytes: int) -> int:
     """The larger of what goes in and what comes out; an asynchronous start gives both as its result."""
-    if instruction.opcode == "send":  # whose result is what the end of sending takes
+    if instruction.opcode in (
+        "send",
+        "collective-permute-start",
+    ):  # whose results hold what their ends need, too
         return operand_bytes
     result = _num_bytes(instruction.type)
     if instruction.opcode.endswith("-start"):
