@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.step_sides import NUM_THREADS, PEERS
 from benchmarks.step_workload import NUM_BATCHES, WORKLOADS, write_weights
-from llava_jax.host_memory import HUGE_PAGES, KEPT, SETTING
+from llava_jax.host_memory import KEPT_MEMORY, SETTING
 
 ROUNDS = 9
 TRIALS = 3  # rounds in which the other side's variants are compared
@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "OMP_NUM_THREADS": str(NUM_THREADS),
     # As llava_jax.train sets it for itself; it helps both sides.
-    SETTING: ":".join([HUGE_PAGES, *KEPT]),
+    SETTING: KEPT_MEMORY,
     "TOKENIZERS_PARALLELISM": "false",
     "XLA_FLAGS": "",  # tests ask for several devices
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",

@@ -7,13 +7,9 @@ import sys
 
 SETTING = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-# Buffers of less than 256 MB stay in one heap, which all threads share, instead of going back to the system. Larger ones
-# would lie there several times, because glibc seldom finds an aligned place for them where one has been freed.
-KEPT = [
-    f"glibc.malloc.mmap_threshold={2**28}",
-    f"glibc.malloc.trim_threshold={2**30}",
-    "glibc.malloc.arena_max=1",
-]
+# Besides, buffers of less than 256 MB stay in one heap, which all threads share, instead of going back to the system.
+# Larger ones would lie there several times: glibc seldom finds an aligned place for them where one has been freed.
+KEPT_MEMORY = f"{HUGE_PAGES}:glibc.malloc.mmap_threshold={2**28}:glibc.malloc.trim_threshold={2**30}:glibc.malloc.arena_max=1"
 
 
 def tunables() -> str:
@@ -23,7 +19,7 @@ def tunables() -> str:
     step, so the process keeps it. Where there may be an accelerator the host's buffers are batches and checkpoints,
     which go back.
     """
-    return ":".join([HUGE_PAGES, *KEPT] if _only_cpus() else [HUGE_PAGES])
+    return KEPT_MEMORY if _only_cpus() else HUGE_PAGES
 
 
 def start_anew_with_tunables() -> None:
