@@ -9,7 +9,14 @@ SETTING = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # Besides, buffers of less than 256 MB stay in one heap, which all threads share, instead of going back to the system.
 # Larger ones would lie there several times: glibc seldom finds an aligned place for them where one has been freed.
-KEPT_MEMORY = f"{HUGE_PAGES}:glibc.malloc.mmap_threshold={2**28}:glibc.malloc.trim_threshold={2**30}:glibc.malloc.arena_max=1"
+KEPT_MEMORY = ":".join(
+    [
+        HUGE_PAGES,
+        f"glibc.malloc.mmap_threshold={2**28}",
+        f"glibc.malloc.trim_threshold={2**30}",
+        "glibc.malloc.arena_max=1",
+    ]
+)
 
 
 def tunables() -> str:
