@@ -1,5 +1,6 @@
 """How glibc hands memory to a process that trains. JAX is not imported: glibc reads its settings at the start only."""
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -30,14 +31,20 @@ def tunables() -> str:
 
 
 def start_anew_with_tunables() -> None:
-    """Starts this process anew with `tunables`, unless it has some or its C library is not glibc."""
-    if platform.libc_ver()[0] == "glibc" and SETTING not in os.environ:
+    """Starts this process, a `python -m MODULE`, anew with `tunables`.
+
+    Does nothing if it has some already, if its C library is not glibc, or if what was started is something else: a
+    notebook, a script from standard input or another module that runs this one. Nothing is lost then but time.
+    """
+    started_by_name = getattr(sys.modules["__main__"], "__spec__", None) is not None
+    if platform.libc_ver()[0] == "glibc" and SETTING not in os.environ and started_by_name and sys.executable:
         os.environ[SETTING] = tunables()
-        os.execv(sys.executable, sys.orig_argv)
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, sys.orig_argv)
 
 
 def _only_cpus() -> bool:
     """Whether JAX can find no accelerator: it is told so, or has no plugin for any."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
-        return platforms == "cpu"
+        return platforms.strip().lower() == "cpu"
     return not any(importlib.util.find_spec(plugin) for plugin in ("libtpu", "jax_plugins"))

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import difflib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -29,7 +30,8 @@ def answer(argv: Sequence[str], error: Exception) -> str:
 def _given(argv: Sequence[str]) -> dict[str, str]:
     """All flags of a command line, known or not, with what is written as their value: {"config.seed": "1", ...}."""
     given = {}
-    for word, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    words = [*argv[1:], ""]
+    for word, following in itertools.pairwise(words):
         if match := re.fullmatch(r"--?([A-Za-z_][^=]*)(?:=(.*))?", word, re.DOTALL):
             name, value = match.groups()
             given[name] = value if value is not None else "" if following.startswith("-") else following

@@ -193,6 +193,8 @@ def test_what_an_implementation_cannot_do_is_refused():
         attention(q, k, v, causal=True, implementation="fast")
     with pytest.raises(ConfigError, match="4 key/value heads do not divide 6"):
         attention(q, *random_inputs(K=4)[1:3], causal=True)
+    with pytest.raises(ConfigError, match=r"takes bfloat16 .* 64 or 128, not float32 and 5; use 'auto'"):
+        attention(q, k, v, causal=True, implementation="mosaic_gpu")
     with pytest.raises(ConfigError, match="kv_segment_ids need segment_ids"):
         attention(q, k, v, causal=True, kv_segment_ids=ids)
     for kernel in door.KERNELS:
@@ -206,6 +208,24 @@ def test_what_an_implementation_cannot_do_is_refused():
         attention(q, k, v, causal=True, implementation="cudnn")
     with pytest.raises(ConfigError, match="cannot do heads of width 5"):
         attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), causal=True, implementation="cudnn")
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference", "xla", "xla_cpu", "flash_tpu"])
+def test_arrays_that_do_not_fit_together_are_refused(implementation):
+    q, k, v, _ = random_inputs()
+    ids = np.ones(q.shape[:2], np.int32)
+    for arrays, segment_ids in (
+        ((q, k, v[:, :, :1]), None),
+        ((q, k, v[:, :1]), None),
+        ((q, k[..., :1], v[..., :1]), None),
+        ((q, k[:1], v[:1]), None),
+        ((q[0], k, v), None),
+        ((q, k, v), ids[:, :1]),
+        ((q, k, v), ids[:1]),
+        ((q, k, v.astype(jnp.bfloat16)), None),
+    ):
+        with pytest.raises(ConfigError, match=r"are not \[B, T|are not those of|of different dtypes"):
+            attention(*arrays, causal=True, segment_ids=segment_ids, implementation=implementation)
 
 
 def test_the_setting_reaches_the_door(placement):
@@ -223,4 +243,5 @@ def test_an_implementation_for_other_machines_is_refused():
     with pytest.raises(ConfigError, match=r"train\.attention='flash_tpu' runs on a tpu, and this is a cpu"):
         check_platform("flash_tpu", "cpu")
     check_platform("splash", "tpu")
+    check_platform("cudnn", "cuda")  # as a described GPU calls it
     check_platform("xla", "cpu")

@@ -197,6 +197,14 @@ def test_all_wrong_names_of_a_command_line_are_answered_at_once(recipe):
     ]
 
 
+def test_a_command_without_flags_is_told_which_it_needs():
+    for command, flag in (("train", "config"), ("generate", "model"), ("plan", "config")):
+        result = run(f"llava_jax.{command}")
+        assert result.returncode == 10
+        assert f"error: flag --{flag}=None: Flag --{flag} must have a value" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
 def test_stages_are_told_only_where_there_are_stages():
     arguments = ("--config.data.shuffl=False", "--config.optim=lion", "--num_epoch=1")
     result = run("llava_jax.train", "--config=configs/llava15_finetune.py:7b", *arguments)

@@ -107,3 +107,9 @@ def test_what_needs_no_gradient_has_none_computed():
 
     # Logits in both passes, and a product for each gradient.
     assert [num_products(argnums) for argnums in ((0, 1), (0,), (1,))] == [4, 3, 3]
+
+
+def test_labels_of_other_tokens_are_refused():
+    hidden, head, labels = jnp.zeros((2, 6, 4)), jnp.zeros((4, 8)), jnp.zeros((2, 5), jnp.int32)
+    with pytest.raises(ValueError, match="are not those of the tokens"):
+        supervised_cross_entropy(hidden, head, labels)

@@ -54,14 +54,29 @@ def test_memory_is_kept_on_cpus_alone(monkeypatch):
     assert host_memory.tunables() == host_memory.KEPT_MEMORY
 
 
+MODULE = """
+import os, sys
+from llava_jax.host_memory import SETTING, start_anew_with_tunables
+start_anew_with_tunables()
+print(*sys.argv[1:], os.environ.get(SETTING), sep="|")
+"""
+
+
 @needs_glibc
-def test_a_process_starts_anew_once():
-    code = "from llava_jax.host_memory import *; start_anew_with_tunables(); print(sys.argv[1], os.environ[SETTING])"
-    environment = {key: value for key, value in os.environ.items() if key != host_memory.SETTING}
-    command = [sys.executable, "-c", code, "argument"]
-    told = [
-        subprocess.run(command, env=environment | more, capture_output=True, text=True).stdout.split()
-        for more in ({"JAX_PLATFORMS": "cpu"}, {host_memory.SETTING: "glibc.malloc.perturb=0"})
-    ]
-    assert told[0][0] == "argument" and "arena_max=1" in told[0][1]
-    assert told[1] == ["argument", "glibc.malloc.perturb=0"]
+def test_a_module_starts_anew_once_and_nothing_else_does(tmp_path):
+    (tmp_path / "trains.py").write_text(MODULE)
+    path = os.pathsep.join([os.getcwd(), str(tmp_path)])
+    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    environment.pop(host_memory.SETTING, None)
+
+    def told(*command: str, **setting: str) -> str:
+        run = subprocess.run(
+            [sys.executable, *command], env=environment | setting, capture_output=True, text=True, check=True
+        )
+        return run.stdout
+
+    assert told("-m", "trains", "an argument", "") == f"an argument||{host_memory.KEPT_MEMORY}\n"
+    own = {host_memory.SETTING: "glibc.malloc.perturb=0"}
+    assert told("-m", "trains", **own) == f"{own[host_memory.SETTING]}\n"
+    caller = "print('once'); import runpy; runpy.run_module('trains', run_name='__main__')"
+    assert told("-c", caller) == "once\nNone\n"

@@ -407,6 +407,16 @@ def test_dropout_zeroes_its_share_and_scales_the_rest():
     assert np.mean(found == 0) == pytest.approx(0.25, abs=0.01)
 
 
+def test_dropout_scales_in_float32():
+    layer = LoraLinear(nnx.Linear(128, 128, rngs=nnx.Rngs(0)), rank=128, scale=1.0, dropout=0.05)
+    layer.dtype = jnp.bfloat16
+    layer.kernel[...] = jnp.zeros((128, 128))
+    layer.lora_a[...] = layer.lora_b[...] = jnp.eye(128)
+    x = torch.full((8, 128), 1.5, dtype=torch.bfloat16)
+    theirs = torch.nn.functional.dropout(x, 0.05).float().max().item()
+    assert float(layer(jnp.full((8, 128), 1.5, jnp.bfloat16)).max()) == theirs
+
+
 def test_every_layer_of_every_microbatch_of_every_step_drops_other_inputs(base):
     config = make_config(open_model(base).config, lora=LoraConfig(rank=4, dropout=0.5))
     shapes = abstract_tuned_model(config)[2]

@@ -13,8 +13,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2Config,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llava_jax.config import ModelConfig, TextConfig, VisionConfig
+from llava_jax.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.convert.opening import open_model
 from llava_jax.data import conversation
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
@@ -222,11 +223,34 @@ def test_hidden_state_0_runs_no_layer():
     assert features.shape == (2, 4, 32)
 
 
-def test_rotations_are_the_same_on_every_platform():
-    config = TextConfig(128, 32, 48, 2, 4, 2, head_dim=8)
-    positions = jnp.arange(40).reshape(2, 20)
-    on_cpu = decoder.rotation_at(config, positions)
-    frequencies = decoder.rope_frequencies(8, config.rope_theta, config.rope_scaling)
+ROPES = {
+    "default": ({"rope_type": "default", "rope_theta": 10000.0}, RopeScaling()),
+    "linear": ({"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}, RopeScaling("linear", 3.0)),
+    "llama3": (
+        LLAMA3 | {"original_max_position_embeddings": 8192},
+        RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_frequencies_are_those_of_hf_to_the_last_bit(name):
+    parameters, scaling = ROPES[name]
+    config = llama(rope_parameters=parameters, head_dim=128, max_position_embeddings=131072)
+    theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    ours = decoder.rope_frequencies(128, parameters["rope_theta"], scaling)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rotations_are_the_same_on_every_platform(name):
+    parameters, scaling = ROPES[name]
+    config = TextConfig(
+        128, 32, 48, 2, 4, 2, head_dim=128, rope_theta=parameters["rope_theta"], rope_scaling=scaling
+    )
+    positions = jnp.arange(4000).reshape(2, 2000)
+    on_cpu = jax.jit(decoder.rotation_at, static_argnums=0)(config, positions)
+    frequencies = decoder.rope_frequencies(128, config.rope_theta, scaling)
     elsewhere = jax.jit(decoder._rotation)(positions.astype(jnp.float32), frequencies)
     for ours, theirs in zip(on_cpu, elsewhere, strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -47,22 +47,23 @@ def attention(
 ) -> jax.Array:
     """Softmax attention with grouped queries.
 
-    q float[B, T, N, H], k and v float[B, S, K, H] with K dividing N -> float[B, T, N, H] in q's dtype.
+    q float[B, T, N, H], k and v float[B, S, K, H] with K dividing N, all of one dtype -> float[B, T, N, H].
     causal: query t sees keys 0..t. segment_ids int[B, T] and kv_segment_ids int[B, S] (None: the
     former): a query sees the keys of its own segment only; 0 is padding and sees nothing. A query that sees
-    nothing gives 0 and has no gradient. sm_scale: None means 1 / sqrt(H).
+    nothing gives 0 and has no gradient. "mosaic_gpu" wants segments as packing makes them: positive, and each a
+    single run. sm_scale: a number; None means 1 / sqrt(H).
 
     implementation: one of ATTENTIONS; "auto" is `choose`'s. Their outputs, and the log-sum-exps of kernels,
     are named "attention" for remat policies. placement: how rows and heads lie on several devices.
 
-    Raises ConfigError on an unknown implementation, and where one cannot honour an argument: none is ignored.
+    Raises ConfigError on an unknown implementation, on arrays that do not fit together, and where an implementation
+    cannot honour an argument: none is ignored.
     """
     if implementation not in ATTENTIONS:
         raise ConfigError(f"implementation={implementation!r} is not one of {ATTENTIONS}.")
-    if q.shape[2] % k.shape[2]:
-        raise ConfigError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads.")
     if segment_ids is None and kv_segment_ids is not None:
         raise ConfigError("kv_segment_ids need segment_ids: queries without segments would see all keys.")
+    _require_fitting(q, k, v, segment_ids, kv_segment_ids)
     itself = kv_segment_ids is None and q.shape[1] == k.shape[1]
     if implementation == "auto":
         implementation = choose(q, segmented=segment_ids is not None, itself=itself, placement=placement)
@@ -80,10 +81,29 @@ def attention(
     return _on_each_device(partial(KERNELS[implementation], **how), q, k, v, segment_ids, placement)
 
 
+def _require_fitting(q, k, v, segment_ids, kv_segment_ids) -> None:
+    """Raises ConfigError on shapes and dtypes that some implementation would take for others."""
+    if q.ndim != 4 or k.shape != v.shape or (*k.shape[:1], *k.shape[3:]) != (q.shape[0], q.shape[3]):
+        raise ConfigError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} are not [B, T, N, H] and twice [B, S, K, H]."
+        )
+    if q.shape[2] % k.shape[2]:
+        raise ConfigError(f"{k.shape[2]} key/value heads do not divide {q.shape[2]} query heads.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ConfigError(f"q, k and v are of different dtypes: {q.dtype}, {k.dtype} and {v.dtype}.")
+    if segment_ids is None:
+        return
+    of_keys = segment_ids if kv_segment_ids is None else kv_segment_ids
+    for ids, tokens, what in ((segment_ids, q, "queries"), (of_keys, k, "keys")):
+        if ids.shape != tokens.shape[:2]:
+            raise ConfigError(f"Segments {ids.shape} are not those of {what} {tokens.shape}.")
+
+
 def choose(q: jax.Array, *, segmented: bool, itself: bool, placement: Placement | None) -> str:
     """The implementation for a call by its platform, shape and mask. itself: keys and queries are the same tokens.
 
-    Nothing was timed on TPUs: there, the kernel is taken where it fills its lanes. cuDNN knows no segments.
+    Nothing was timed on TPUs: there, the kernel is taken where it fills its lanes. cuDNN knows no segments, and is not
+    chosen for GPUs that are only described (platform "cuda"), for its libraries are seldom where those are planned for.
     On one CPU `xla_cpu` is fastest while its scores stay small.
     """
     einsum = "xla" if q.shape[1] > CHUNK else "reference"
@@ -101,6 +121,7 @@ def choose(q: jax.Array, *, segmented: bool, itself: bool, placement: Placement 
 
 def check_platform(implementation: str, platform: str) -> None:
     """Raises ConfigError where the implementation was made for another platform (cpu, gpu or tpu)."""
+    platform = {"cuda": "gpu"}.get(platform, platform)  # as described GPUs call it
     needed = PLATFORMS.get(implementation, platform)
     if needed != platform:
         raise ConfigError(
@@ -156,8 +177,13 @@ def _splash(q, k, v, segment_ids, **how) -> jax.Array:
 
 
 def _mosaic_gpu(q, k, v, segment_ids, **how) -> jax.Array:
-    from llava_jax.kernels.flash_gpu import flash_attention
+    from llava_jax.kernels.flash_gpu import HEAD_WIDTHS, flash_attention
 
+    if q.dtype != jnp.bfloat16 or q.shape[3] not in HEAD_WIDTHS:
+        raise ConfigError(
+            f"implementation='mosaic_gpu' takes bfloat16 and heads of width {' or '.join(map(str, HEAD_WIDTHS))}, not "
+            f"{q.dtype} and {q.shape[3]}; use 'auto'."
+        )
     return flash_attention(q, k, v, segment_ids, **how)
 
 

@@ -39,6 +39,8 @@ def supervised_cross_entropy(
     placement: how the rows of `hidden` lie on several devices; the vocabulary lies over the axis of heads where that
     divides it. The head is gathered and its gradient reduced once. What needs no gradient has none computed.
     """
+    if labels.shape != hidden.shape[:2]:
+        raise ValueError(f"labels {labels.shape} are not those of the tokens of hidden {hidden.shape}.")
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
     if placement is not None and placement.mesh.size == 1:
         placement = None

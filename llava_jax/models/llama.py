@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llava_jax.config import RopeScaling, TextConfig
@@ -60,18 +61,23 @@ def _differentiate_scaled(saved, grad):
 _scaled.defvjp(_save_scaled, _differentiate_scaled)
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> jax.Array:
-    """Angle per position for each pair of features, float32[H / 2] (HF's modeling_rope_utils)."""
-    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Angle per position for each pair of features, float32[H / 2] (HF's modeling_rope_utils).
+
+    In numpy: a compiler would rewrite such arithmetic, and the last bit of a frequency shows in the angles of far
+    positions.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = 1 / (theta ** exponents.astype(np.float64)).astype(np.float32)
     if scaling.rope_type == "default":
         return frequencies
     if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
+        return frequencies / np.float32(scaling.factor)
     # llama3: long wavelengths are stretched, short ones kept, with a ramp in between.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = jnp.clip(kept, 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+    kept = kept.clip(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 class Rotation(NamedTuple):

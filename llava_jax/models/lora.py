@@ -43,7 +43,8 @@ class LoraLinear(QuantizableLinear):
         x, a, b = self.promote_dtype((x, self.lora_a[...], self.lora_b[...]), dtype=self.dtype)
         if self.dropout:
             kept = random_mask(self.dropout_key[...], 1 - self.dropout, x.shape)
-            x = jnp.where(kept, x / (1 - self.dropout), 0)
+            grown = (x.astype(jnp.float32) / (1 - self.dropout)).astype(x.dtype)
+            x = jnp.where(kept, grown, 0)
         return keepable(y + keepable(x @ a) @ b * self.scale)
 
 
