@@ -97,7 +97,9 @@ def measure(num_steps: int = NUM_STEPS, warm: int = WARM, group: int = GROUP) ->
 
 def main() -> None:
     """Prints the figure and, if asked, as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.dispatch", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     arguments = parser.parse_args()
     figures = measure()

@@ -6,16 +6,18 @@ doubly quantised nf4; for it nothing is compared, because bitsandbytes would be 
 
 import argparse
 
+from benchmarks.options import positive, several
 from benchmarks.step_comparison import add_arguments, cases, compare
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lora_gpu", description=__doc__)
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--forms", default="lora,qlora", help="which of them")
+    forms = ("lora", "qlora")
+    parser.add_argument("--rank", type=positive, default=128)
+    parser.add_argument("--forms", type=several(*forms), default=forms, help=",".join(forms))
     add_arguments(parser)
     options = parser.parse_args()
-    compare(cases(options, options.forms.split(","), rank=options.rank), options)
+    compare(cases(options, options.forms, rank=options.rank), options)
 
 
 if __name__ == "__main__":

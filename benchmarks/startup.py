@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.options import positive
 from benchmarks.step_cpu import ENVIRONMENT
 
 ROUNDS = 3
@@ -85,9 +86,9 @@ TEXTS = {
 
 def main() -> None:
     """Prints the table and, if asked, the figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=positive, default=ROUNDS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         rounds = measure(Path(scratch), arguments.rounds)

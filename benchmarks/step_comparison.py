@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.isolated import Child, collect
+from benchmarks.options import numbers, positive, several
 from benchmarks.timing import has_torch
 from benchmarks.training_step import MODELS, Case
+from llava_jax.config import ATTENTIONS
 from llava_jax.planning.targets import GPUS, MEMORY_FRACTION
 
 _TINY = {"rows": 2, "length": 96, "samples": 3, "rank": 4, "steps": 4}
@@ -22,20 +24,30 @@ TORCH_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expanda
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a benchmark of steps; those with several values measure each combination."""
     default = Case()
-    several = lambda kind: lambda text: [kind(part) for part in text.split(",")]
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--size", choices=MODELS, default="7b", help="tiny: seconds on a CPU")
-    parser.add_argument("--rows", type=several(int), default=[default.rows], help="per step; several: 4,8")
-    parser.add_argument("--length", type=int, default=default.length, help="tokens of a row")
-    parser.add_argument("--samples", type=int, help="of a row; default: 2 of instructions, 3 of captions")
-    parser.add_argument("--moments", type=several(str), default=["float32"], help="float32,bfloat16")
-    parser.add_argument("--remat", type=several(str), default=["full"], help="full,minimal,dots,none")
-    parser.add_argument("--attention", type=several(str), default=["auto"], help="auto,mosaic_gpu,xla")
-    parser.add_argument("--steps", type=int, default=default.steps, help="that are timed")
+    parser.add_argument(
+        "--size",
+        choices=MODELS,
+        default="7b",
+        help="tiny: seconds on a CPU, with rows, length, samples, rank and steps of its own",
+    )
+    parser.add_argument("--rows", type=numbers, default=[default.rows], help="per step; several: 4,8")
+    parser.add_argument("--length", type=positive, default=default.length, help="tokens of a row")
+    parser.add_argument(
+        "--samples", type=positive, help="of a row; default: 2 of instructions, 3 of captions"
+    )
+    moments, remats = several("float32", "bfloat16"), several("none", "minimal", "dots", "full", "offload")
+    parser.add_argument("--moments", type=moments, default=["float32"], help="float32,bfloat16")
+    parser.add_argument("--remat", type=remats, default=["full"], help="full,minimal,dots,none,offload")
+    parser.add_argument(
+        "--attention", type=several(*ATTENTIONS), default=["auto"], help="auto,mosaic_gpu,xla"
+    )
+    parser.add_argument("--steps", type=positive, default=default.steps, help="that are timed")
     parser.add_argument(
         "--profile", metavar="DIR", help="also tell where the time goes; the trace is put there"
     )
-    parser.add_argument("--only", default="plan,ours,transformers", help="which of these")
+    sides = ("plan", "ours", "transformers")
+    parser.add_argument("--only", type=several(*sides), default=sides, help=",".join(sides))
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for each process")
 
 
@@ -74,7 +86,7 @@ def compare(wanted: list[Case], options: argparse.Namespace) -> None:
 
 
 def _children(wanted: list[Case], options: argparse.Namespace, table: "_Table") -> Iterator[Child]:
-    only = options.only.split(",")
+    only = options.only
     compared = set()
     for case in wanted:
         table.case = case

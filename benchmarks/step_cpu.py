@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.options import positive, several
 from benchmarks.step_sides import NUM_THREADS, PEERS
 from benchmarks.step_workload import NUM_BATCHES, WORKLOADS, write_weights
 from llava_jax.host_memory import KEPT_MEMORY, SETTING
@@ -134,22 +135,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument(
-        "--sizes", default="tiny,small", help=f"of {', '.join(WORKLOADS)}, with commas between"
+        "--sizes", type=several(*WORKLOADS), default=["tiny", "small"], help=",".join(WORKLOADS)
     )
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--peers", default=",".join(PEERS), help="variants of the other side to choose from")
+    parser.add_argument("--dtypes", type=several(*NAMES), default=list(NAMES), help=",".join(NAMES))
+    parser.add_argument("--rounds", type=positive, default=ROUNDS)
+    parser.add_argument(
+        "--peers", type=several(*PEERS), default=PEERS, help="variants of the other side to choose from"
+    )
     arguments = parser.parse_args()
-    peers = tuple(arguments.peers.split(","))
+    peers = tuple(arguments.peers)
     if "compiled" in peers and not shutil.which("g++"):
         print("torch.compile needs a C++ compiler and there is none: it is left out")
         peers = tuple(name for name in peers if name != "compiled")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for size in arguments.sizes.split(","):
+        for size in arguments.sizes:
             weights = Path(scratch) / size
             write_weights(WORKLOADS[size], weights)
-            for dtype in arguments.dtypes.split(","):
+            for dtype in arguments.dtypes:
                 print(f"{size} {dtype}", flush=True)
                 rows.append(measure(size, dtype, weights, peers=peers, rounds=arguments.rounds))
     print(f"{'':12}  ours ms  peer ms  {'peer':<9} ratio  ours MB  peer MB  ratio")
