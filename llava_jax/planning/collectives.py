@@ -142,10 +142,8 @@ def _constant(instruction: _Instruction | None) -> int | None:
 
 def _size(instruction: _Instruction, operand_bytes: int) -> int:
     """The larger of what goes in and what comes out; an asynchronous start gives both as its result."""
-    if instruction.opcode in (
-        "send",
-        "collective-permute-start",
-    ):  # whose results hold what their ends need, too
+    # Of these the result holds what their ends need, too.
+    if instruction.opcode in ("send", "collective-permute-start"):
         return operand_bytes
     result = _num_bytes(instruction.type)
     if instruction.opcode.endswith("-start"):
