@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from llava_jax.config import RopeScaling, TextConfig
 from llava_jax.kernels.attention import attention
@@ -49,16 +50,20 @@ def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _save_scaled(y, scale):
-    return y * scale, (y, scale)
+    return y.value * scale.value, (y.value if scale.perturbed else None, scale.value)
 
 
 def _differentiate_scaled(saved, grad):
     y, scale = saved
+    if isinstance(grad, SymbolicZero):
+        return None, None
+    if y is None:  # the scale is frozen
+        return grad * scale, None
     products = grad.astype(jnp.float32) * y.astype(jnp.float32)
     return grad * scale, products.sum(axis=range(y.ndim - 1)).astype(scale.dtype)
 
 
-_scaled.defvjp(_save_scaled, _differentiate_scaled)
+_scaled.defvjp(_save_scaled, _differentiate_scaled, symbolic_zeros=True)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
