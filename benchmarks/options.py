@@ -1,4 +1,4 @@
-"""Options of benchmarks with several values, commas between."""
+"""What options of benchmarks take: numbers above 0, and several values with commas between."""
 
 import argparse
 from collections.abc import Callable, Iterable

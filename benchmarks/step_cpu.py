@@ -132,7 +132,9 @@ def _line(row: dict) -> str:
 
 def main() -> None:
     """Prints the table and, if asked, the figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_cpu", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument(
         "--sizes", type=several(*WORKLOADS), default=["tiny", "small"], help=",".join(WORKLOADS)

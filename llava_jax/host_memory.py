@@ -33,8 +33,8 @@ def tunables() -> str:
 def start_anew_with_tunables() -> None:
     """Starts this process, a `python -m MODULE`, anew with `tunables`.
 
-    Does nothing if it has some already, if its C library is not glibc, or if what was started is something else: a
-    notebook, a script from standard input or another module that runs this one. Nothing is lost then but time.
+    Does nothing if it has some already, if its C library is not glibc, or if it was not started so: a notebook would
+    lose its state, and a script from standard input has been read. Nothing is lost then but time.
     """
     started_by_name = getattr(sys.modules["__main__"], "__spec__", None) is not None
     if platform.libc_ver()[0] == "glibc" and SETTING not in os.environ and started_by_name and sys.executable:

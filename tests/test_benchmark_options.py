@@ -1,4 +1,4 @@
-"""Options of benchmarks with several values."""
+"""What options of benchmarks take."""
 
 import argparse
 
