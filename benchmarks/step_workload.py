@@ -43,7 +43,7 @@ class Workload:
             model=self.model,
             data=DataConfig(batch_size=self.num_rows, max_length=self.max_length),
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0),
-            loss=LossConfig(chunk_size=256),
+            loss=LossConfig(chunk_size=128),
             mesh=MeshConfig(1, 1, 1),
             train=TrainConfig(dtype=dtype, frozen_dtype=dtype, remat="none", scan_unroll=depth),
         )

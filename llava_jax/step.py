@@ -137,19 +137,17 @@ def make_train_step(
         sums = grad_fn(trainable, frozen, jax.tree.map(lambda x: x[0], batch))
         if num_microbatches > 1:
             sums, _ = jax.lax.scan(accumulate, sums, jax.tree.map(lambda x: x[1:], batch))
-        (total, (count, num_with_labels)), grads = sums
+        (total, (count, num_with_labels)), summed_grads = sums
         parts = jnp.maximum(num_with_labels if loss.normalize == "microbatch" else count, 1)
-        grads = jax.tree.map(lambda g: g / parts, grads)
-
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(summed_grads) / parts
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (trainable, opt_state),
-            (state.trainable, state.opt_state),
-        )
+
+        def update(trainable, opt_state):
+            grads = jax.tree.map(lambda g: g / parts, summed_grads)
+            updates, opt_state = optimizer.update(grads, opt_state, trainable)
+            return optax.apply_updates(trainable, updates), opt_state
+
+        trainable, opt_state = _apply_if(finite, update, state.trainable, state.opt_state)
         metrics = {
             "loss": total / parts,
             "grad_norm": grad_norm,
@@ -159,6 +157,23 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def _apply_if(condition: jax.Array, update: Callable, *state) -> tuple:
+    """update(*state) where the condition holds, bool[], otherwise the state."""
+    return jax.lax.platform_dependent(
+        *state, cpu=partial(_called_if, condition, update), default=partial(_selected_if, condition, update)
+    )
+
+
+def _called_if(condition, update, *state):
+    """On CPUs XLA would copy what it selects from, and compute moments again for the parameters."""
+    return jax.lax.cond(condition, update, lambda *state: state, *state)
+
+
+def _selected_if(condition, update, *state):
+    """On GPUs a call that depends on the condition would wait for it on the host."""
+    return jax.tree.map(partial(jnp.where, condition), update(*state), state)
 
 
 def cast_kernels(parameters: dict[str, jax.Array], dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+import llava_jax.step
 from llava_jax.config import LossConfig, ModelConfig, TextConfig, VisionConfig
 from llava_jax.models.stack import REMAT_POLICIES
 from llava_jax.step import TrainState, abstract_model, make_train_step, random_parameters
@@ -71,6 +72,39 @@ def test_casting_once_per_step_changes_no_bit(batch):
     assert float(found[1]["loss"]) == float(expected[1]["loss"]) > 1
     for name, value in expected[0].trainable.items():
         assert np.array_equal(found[0].trainable[name], value), name
+
+
+WAYS = [llava_jax.step._called_if, llava_jax.step._selected_if]  # on CPUs, on other platforms
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_updates_happen_on_a_condition(way):
+    def update(number, pair):
+        return number + 1, {"x": pair["y"] * 2, "y": pair["x"] + number}
+
+    state = jnp.float32(3), {"x": jnp.arange(3.0), "y": jnp.ones(3)}
+    for condition, expected in [(True, update(*state)), (False, state)]:
+        found = jax.jit(way, static_argnums=1)(jnp.bool_(condition), update, *state)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(way, batch, monkeypatch):
+    monkeypatch.setattr(llava_jax.step, "_called_if", way)
+    graphdef, _ = abstract_model(MODEL)
+    optimizer = optax.adam(1e-2)
+    step = jax.jit(make_train_step(graphdef, optimizer, LossConfig()))
+    state = TrainState(jnp.int32(4), parameters(), optimizer.init(parameters()))
+    state, metrics = step(state, {}, batch)  # moments that are not 0
+    assert not metrics["skipped"]
+    word = int(batch["tokens"][0, 0, 0])
+    name = "language_model.embed_tokens.embedding"
+    bad = state.trainable | {name: state.trainable[name].at[word, 0].set(jnp.inf)}
+    bad_state = TrainState(state.step, bad, state.opt_state)
+    found, metrics = step(bad_state, {}, batch)
+    assert metrics["skipped"] and found.step == bad_state.step + 1 == 6
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.trainable, bad_state.trainable))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.opt_state, bad_state.opt_state))
 
 
 def equations(jaxpr, loops: int = 0):
