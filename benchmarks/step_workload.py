@@ -110,7 +110,7 @@ WORKLOADS = {
         num_rows=4,
         max_length=256,
         longest=250,
-        steps_per_round=1,
+        steps_per_round=2,
     ),
 }
 
