@@ -219,7 +219,7 @@ def main() -> None:
     wrong = [row for row in result["rows"] if row.get("wrong")]
     for row in wrong:
         print(f"{row['implementation']} and ours differ by {row.get('distance', 1):.1e}", file=sys.stderr)
-    sys.exit(bool(wrong))
+    sys.exit(bool(wrong) or all("failed" in row for row in result["rows"]))
 
 
 if __name__ == "__main__":
