@@ -3,6 +3,7 @@
 One process needs nothing of this: without others every function here returns at once.
 """
 
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -64,7 +65,9 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
             "Start the same command on every host, and see that process 0 can be reached from the others."
         ) from error
     if jax.process_count() > 1:
-        _Watcher().start()
+        watcher = _Watcher()
+        watcher.start()
+        atexit.register(watcher.stop)  # called before JAX leaves the others, which was registered earlier
         before_end(_tell)
 
 
@@ -208,6 +211,7 @@ class _Watcher(threading.Thread):
 
     def __init__(self):
         super().__init__(name="llava_jax watcher", daemon=True)
+        self.stopped = threading.Event()
         self.beats = {}  # process -> (its last sign of life, when that was first seen)
 
     def run(self) -> None:
@@ -222,7 +226,13 @@ class _Watcher(threading.Thread):
             for _, value in ended:
                 _end(*json.loads(value))
             self._look_for_silent(dict(alive))
-            time.sleep(_BEAT)
+            if self.stopped.wait(_BEAT):
+                return
+
+    def stop(self) -> None:
+        """Lets it finish what it asks the others: a call that outlasts the interpreter aborts the process."""
+        self.stopped.set()
+        self.join(2 * _BEAT)
 
     def _look_for_silent(self, alive: dict[str, str]) -> None:
         now = time.monotonic()

@@ -201,6 +201,35 @@ def test_a_process_is_silent_when_its_sign_of_life_stays_the_same(monkeypatch):
     assert ended == [(3, 14, ended[0][2])] and "on a" in ended[0][2]
 
 
+ENDING = """
+import atexit, time
+atexit.register(print, "JAX leaves")  # as its own farewell is registered, before ours
+import jax
+from llava_jax import processes
+
+class Client:
+    def key_value_set(self, *_, **__):
+        print("asks", flush=True)
+        time.sleep(0.5)
+        print("is answered", flush=True)
+
+    def key_value_dir_get(self, _):
+        return []
+
+jax.distributed.initialize, jax.process_count, jax.process_index = print, lambda: 2, lambda: 0
+processes._client = Client
+processes.start("host:1", 2, 0)
+time.sleep(0.2)
+"""
+
+
+def test_at_the_end_the_watcher_is_not_interrupted_while_it_asks_the_others():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.splitlines()[1:] == ["asks", "is answered", "JAX leaves"], done.stderr
+
+
 def test_processes_that_a_launcher_started_do_not_train_each_by_itself(monkeypatch):
     def find_none(*_):
         raise ValueError("coordinator_address should be defined.")
