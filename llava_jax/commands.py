@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
-from llava_jax.wrong_flags import MISTAKES, answer
+from llava_jax.wrong_flags import MISTAKES, answer, unreadable_recipe
 
 if TYPE_CHECKING:
     from llava_jax.recipe import Recipe
@@ -36,9 +36,7 @@ def read_recipe(flag: flags.FlagHolder) -> "Recipe":
     try:
         return parse(flag.value)
     except OSError as error:  # ml_collections tells only now that it could not load the file
-        raise ConfigError(
-            f"The recipe cannot be loaded: {str(error).strip().splitlines()[-1].strip()}"
-        ) from error
+        raise ConfigError(unreadable_recipe(sys.argv, error)) from error
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

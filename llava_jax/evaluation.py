@@ -31,7 +31,9 @@ def read_questions(path: str) -> list[dict[str, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check evaluate.path.") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); check evaluate.path (--questions of llava_jax.evaluate)."
+        ) from error
     questions = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -39,7 +41,9 @@ def read_questions(path: str) -> list[dict[str, str]]:
         try:
             question = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}:{error.colno}: broken JSON ({error.msg}).") from error
+            raise DataError(
+                f"{path}:{number}:{error.colno}: broken JSON ({error.msg}); a line holds one question."
+            ) from error
         missing = [
             key for key in KEYS if not isinstance(question, dict) or not isinstance(question.get(key), str)
         ]

@@ -34,7 +34,8 @@ def load_generator(path: str, *, template: str = "", dtype: str = "bfloat16") ->
     weights = open_any(path)
     if not isinstance(weights.config, ModelConfig) or not weights.tokenizer_path:
         raise ConfigError(
-            f"{path} is not a whole model with its tokenizer; assemble one with tools/convert_weights.py."
+            f"{path} is not a whole model with its tokenizer. `python tools/convert_weights.py inspect {path}` says what it "
+            "holds; from-hf --vision-tower=CLIP --language-model=DECODER DST puts a model together of its parts."
         )
     data = None
     if weights.layout == "run":

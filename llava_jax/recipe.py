@@ -3,18 +3,20 @@
 Nothing else in the project reads a `ConfigDict`.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from llava_jax.config import Config, TextConfig, one_of, require
 from llava_jax.config_values import build
+from llava_jax.errors import ConfigError
 from llava_jax.tuning import check
 
 
@@ -190,6 +192,18 @@ def parse(config_dict: ConfigDict) -> Recipe:
             shared.keys() == fields.keys(),
             f"{', '.join(sorted(fields.keys() - shared.keys()))}: set per stage here, as stages.{name}.KEY.",
         )
-        stages[name] = build(Config, shared | _without_aliases(sections[name]), f"stages.{name}.")
-        check(stages[name])
+        with _naming(name):
+            stages[name] = build(Config, shared | _without_aliases(sections[name]), f"stages.{name}.")
+            check(stages[name])
     return Recipe(stages[order[0]].name, stages, prepare)
+
+
+@contextlib.contextmanager
+def _naming(stage: str) -> Iterator[None]:
+    """Says in a ConfigError that leaves the block which stage it is of."""
+    try:
+        yield
+    except ConfigError as error:
+        if f"stages.{stage}." in str(error):
+            raise
+        raise ConfigError(f"Stage {stage}: {error}") from error

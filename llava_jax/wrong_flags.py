@@ -6,6 +6,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -24,7 +25,23 @@ def answer(argv: Sequence[str], error: Exception) -> str:
     All flags and settings that are not there are answered, a line each, and not only the first, which `error` is of.
     """
     given = _given(argv)
-    return _wrong_names(given) or _wrong_value(error, given) or _summary(error)
+    return _wrong_names(given) or _missing(error) or _wrong_value(error, given) or _summary(error, given)
+
+
+def unreadable_recipe(argv: Sequence[str], error: OSError) -> str:
+    """What to say of a recipe's file that cannot be read."""
+    given = _given(argv).get("config", "").partition(":")[0]
+    path = Path(given)
+    if path.is_file():
+        return f"The recipe {given} cannot be read: {str(error).strip().splitlines()[-1].strip()}"
+    near = difflib.get_close_matches(
+        path.name, [other.name for other in sorted(path.parent.glob("*.py"))], n=1
+    )
+    return f"--config={given} is no recipe." + (
+        f" Did you mean {path.with_name(near[0])}?"
+        if near
+        else " The project's own are in its directory configs."
+    )
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
@@ -136,6 +153,12 @@ def _no_flag(name: str) -> str:
     return message
 
 
+def _missing(error: Exception) -> str:
+    """The flags that the command asks for and that were not given, with their help."""
+    names = re.findall(r"Flag --(\w+) must have a value other than None", str(error))
+    return " ".join(f"--{name} is missing: {flags.FLAGS[name].help}" for name in names)
+
+
 def _wrong_value(error: Exception, given: dict[str, str]) -> str | None:
     """What a setting takes that was given a value of another type."""
     from llava_jax.config_values import wrong_type
@@ -146,11 +169,14 @@ def _wrong_value(error: Exception, given: dict[str, str]) -> str | None:
     return wrong_type(match[1], given[f"config.{match[1]}"])
 
 
-def _summary(error: Exception) -> str:
+def _summary(error: Exception, given: dict[str, str]) -> str:
     """What went wrong in one line. For a recipe that raised, ml_collections gives its traceback: take the end."""
     message = str(error.args[0] if error.args else error)
     if "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
+    if message.startswith("get_config() takes 0 positional arguments"):
+        recipe, _, argument = given["config"].partition(":")
+        return f"{recipe} takes no argument, as {argument!r} is one; write --config={recipe}."
     for _ in range(
         2
     ):  # a KeyError's message is quoted with its line ends spelled out, and it may lie in another's

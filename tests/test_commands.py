@@ -201,7 +201,7 @@ def test_a_command_without_flags_is_told_which_it_needs():
     for command, flag in (("train", "config"), ("generate", "model"), ("plan", "config")):
         result = run(f"llava_jax.{command}")
         assert result.returncode == 10
-        assert f"error: flag --{flag}=None: Flag --{flag} must have a value" in result.stderr
+        assert f"error: --{flag} is missing: A " in result.stderr
         assert "Traceback" not in result.stderr
 
 
@@ -229,7 +229,19 @@ def test_flags_of_other_programs_that_answer_are_answered_without_settings():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("nothing.py", "No such file or directory: 'configs/nothing.py'"),
+        (
+            "nothing.py",
+            "error: --config=configs/nothing.py is no recipe. The project's own are in its directory configs.",
+        ),
+        ("llava15_pertrain.py:7b", "is no recipe. Did you mean configs/llava15_pretrain.py?"),
+        (
+            "quickstart.py:7b",
+            "configs/quickstart.py takes no argument, as '7b' is one; write --config=configs/quickstart.py.",
+        ),
+        (
+            "quickstart.py --config.stages.pretrain.data.batch_size=0",
+            "error: Stage pretrain: data.batch_size=0 must be a positive number.",
+        ),
         ("llava15_pretrain.py:70b", "'70b' is not one of '7b', '13b'. Did you mean '7b'?"),
         (
             "llava15_pretrain.py:7b",
@@ -238,7 +250,7 @@ def test_flags_of_other_programs_that_answer_are_answered_without_settings():
     ],
 )
 def test_recipes_that_cannot_be_loaded_are_named(tmp_path, recipe, message):
-    result = run("llava_jax.train", f"--config=configs/{recipe}", f"--workdir={tmp_path}")
+    result = run("llava_jax.train", *f"--config=configs/{recipe}".split(), f"--workdir={tmp_path}")
     assert result.returncode == 10
     assert message in result.stderr and "Traceback" not in result.stderr
 

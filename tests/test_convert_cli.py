@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-from llava_jax.config import VisionConfig
+from llava_jax.config import Config, VisionConfig
+from llava_jax.config_values import to_json
+from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.opening import open_model
 from tests.tiny_models import (
     DECODERS,
@@ -175,6 +177,19 @@ def test_an_adapter_is_inspected_and_merged(llava_hf, tmp_path, capsys):
     assert run("inspect", tmp_path / "ours") == 0
     assert run("from-hf", tmp_path / "lora", tmp_path / "x") == 12
     assert "merge-lora BASE" in capsys.readouterr().err
+
+
+def test_a_run_without_lora_has_nothing_to_merge(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"stages": {"": to_json(Config())}}))
+    assert run("merge-lora", tmp_path, tmp_path / "merged") == 12
+    assert f"there is nothing to merge; from-hf {tmp_path} DST writes" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("line", ["--debug inspect nothing", "inspect nothing --debug"])
+def test_debug_shows_the_traceback_wherever_it_is_written(line):
+    with pytest.raises(ConversionError, match="nothing does not exist"):
+        run(*line.split())
 
 
 def test_verify_compares_logits(llava_hf, tmp_path, capsys):

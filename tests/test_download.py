@@ -213,7 +213,7 @@ def test_what_stops_a_download_is_named(error, message, monkeypatch):
 )
 def test_paths_are_never_looked_up(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    with pytest.raises(ConversionError, match=r"does not exist\.$"):
+    with pytest.raises(ConversionError, match=r"does not exist\. Give the path of a model, or ORG/NAME"):
         fetch(name)
 
 

@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 import llava_jax.step
 from llava_jax.config import LossConfig, ModelConfig, TextConfig, VisionConfig
 from llava_jax.models.stack import REMAT_POLICIES
-from llava_jax.step import TrainState, abstract_model, make_train_step, random_parameters
+from llava_jax.step import TrainState, abstract_model, bind, make_train_step, random_parameters
 
 MODEL = ModelConfig(
     vision=VisionConfig(
@@ -86,6 +86,57 @@ def test_updates_happen_on_a_condition(way):
     for condition, expected in [(True, update(*state)), (False, state)]:
         found = jax.jit(way, static_argnums=1)(jnp.bool_(condition), update, *state)
         assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+
+
+@pytest.mark.parametrize("normalize", ["tokens", "microbatch"])
+def test_a_step_descends_along_the_mean_over_tokens_or_over_microbatches(normalize, batch):
+    batch = batch | {"labels": batch["labels"].at[0, 0].set(-100).at[1].set(-100)}  # one microbatch has none
+    graphdef, _ = abstract_model(MODEL)
+
+    def mean_loss(params):
+        model = bind(graphdef, params)
+        sums = []
+        for i in range(A):
+            of = {key: value[i] for key, value in batch.items()}
+            hidden = model(of["tokens"], of["images"], of["positions"], of["segment_ids"])
+            logits, labels = hidden[:, :-1] @ model.language_model.head(), of["labels"][:, 1:]
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+            sums.append((jnp.where(labels >= 0, losses, 0).sum(), (labels >= 0).sum()))
+        if normalize == "tokens":
+            return sum(total for total, _ in sums) / sum(count for _, count in sums)
+        return (sums[0][0] / sums[0][1] + sums[2][0] / sums[2][1]) / 2
+
+    optimizer = optax.sgd(1.0)
+    state = TrainState(jnp.int32(0), parameters(), optimizer.init(parameters()))
+    step = jax.jit(make_train_step(graphdef, optimizer, LossConfig(normalize=normalize)))
+    found, metrics = step(state, {}, batch)
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(parameters())
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    for name, value in parameters().items():
+        np.testing.assert_allclose(
+            value - found.trainable[name], grads[name], rtol=1e-3, atol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradients"])
+def test_a_step_is_left_out_if_only_its_loss_or_only_its_gradients_are_not_finite(bad, batch):
+    graphdef, _ = abstract_model(MODEL)
+    name = "language_model.embed_tokens.embedding"
+    optimizer = optax.sgd(1.0)
+    constant = jnp.nan if bad == "gradients" else 0.0
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        LossConfig(),
+        constrain_gradients=lambda grads: jax.tree.map(lambda x: jnp.full_like(x, constant), grads),
+    )
+    poison = jnp.inf if bad == "loss" else 0.0
+    trainable = parameters() | {name: parameters()[name] + poison}
+    found, metrics = jax.jit(step)(TrainState(jnp.int32(0), trainable, optimizer.init(trainable)), {}, batch)
+    finite = [bool(jnp.isfinite(metrics[key])) for key in ("loss", "grad_norm")]
+    assert finite == [bad != "loss", bad != "gradients"]
+    assert metrics["skipped"] and jax.tree.all(jax.tree.map(np.array_equal, found.trainable, trainable))
 
 
 @pytest.mark.parametrize("way", WAYS)

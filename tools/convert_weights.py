@@ -28,7 +28,14 @@ INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 class Parser(argparse.ArgumentParser):
-    """Leaves with the exit code that all our commands use for bad arguments."""
+    """Takes --debug, and leaves with the exit code that all our commands use for bad arguments."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        # Given before the command or after it; one that does not have it leaves the other's alone.
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
 
     def error(self, message):
         self.print_usage(sys.stderr)
@@ -39,7 +46,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="convert_weights.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
 
     command = commands.add_parser("from-hf", help="write a llava_jax model directory")
@@ -119,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments, parser) or 0
     except (UserError, OSError) as error:
-        if arguments.debug:
+        if "debug" in arguments:
             raise
         print(f"convert_weights.py: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_MODEL)
@@ -224,6 +230,8 @@ def export_adapter(arguments) -> None:
     from llava_jax.run_adapter import open_run_adapter
 
     adapter = open_run_adapter(Path(arguments.source))
+    if not adapter.base:
+        print("The run drew its decoder from its seed (no init.model), so adapter_config.json names no base.")
     write_adapter(arguments.destination, adapter, layout=arguments.layout, dtype=arguments.dtype)
     print(f"Wrote {arguments.destination} ({arguments.layout}, {len(adapter.low_rank)} arrays with LoRA)")
 
@@ -277,11 +285,16 @@ def merge_lora(arguments, parser) -> None:
 
 def merged_run(path: str):
     """The model that a run by LoRA ended with."""
-    from llava_jax.run_adapter import check_adapter
+    from llava_jax.convert.errors import ConversionError
+    from llava_jax.tuning import lora_targets
     from llava_jax.weights import open_run, run_stages
 
     print(f"Reading {path}", flush=True)
-    check_adapter(run_stages(Path(path)))
+    if not lora_targets(next(reversed(run_stages(Path(path)).values()))):
+        raise ConversionError(
+            f"No module of the last stage of {path} trains by LoRA, so there is nothing to merge; from-hf {path} DST writes "
+            "the model."
+        )
     return open_run(Path(path))
 
 

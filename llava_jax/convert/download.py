@@ -58,7 +58,9 @@ def fetch(name) -> Path:
         return path
     repository = _REPOSITORY.fullmatch(str(name))
     if repository is None:
-        raise ConversionError(f"{path} does not exist.")
+        raise ConversionError(
+            f"{path} does not exist. Give the path of a model, or ORG/NAME to fetch one from the Hugging Face hub."
+        )
     if reason := _why_local(path):
         raise ConversionError(
             f"{path} does not exist. It is taken for a path and not looked up on the Hugging Face hub, because {reason}. "

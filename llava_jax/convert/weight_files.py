@@ -39,7 +39,8 @@ def weight_files(path: Path) -> tuple[list[Path], list[str]]:
         if found:
             return [_file(found[0])], []
     raise ConversionError(
-        f"{path} holds no .safetensors or .bin file and no llava_jax model; is it the right directory?"
+        f"{path} holds no .safetensors or .bin file and no llava_jax model; is it the right directory? Of a run of ours "
+        "give the run directory, not a checkpoint in it."
     )
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.config import ConfigError
@@ -67,8 +68,9 @@ def prepare(name: str) -> None:
     if name == HERE:
         return
     if _parse(name).family in GPUS:
+        same = version("jax")
         _require_module(
-            "jax_cuda13_plugin", "pip install -c constraints.txt jax-cuda13-plugin jax-cuda13-pjrt"
+            "jax_cuda13_plugin", f"pip install --no-deps jax-cuda13-plugin=={same} jax-cuda13-pjrt=={same}"
         )
     else:
         _require_module("libtpu", "pip install -c constraints.txt -e '.[plan]'")
