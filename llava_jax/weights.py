@@ -105,7 +105,10 @@ def _missing(named: list[tuple[str, str]]) -> str:
         if is_repository(path)
     ]
     if not commands:
-        return f"{message} The first lines of a recipe say where on the Hugging Face hub its weights lie, and of which run."
+        return (
+            f"{message} The first lines of a recipe say where on the Hugging Face hub its weights lie, and which run it "
+            "starts from."
+        )
     return (
         f"{message} Training fetches nothing from the Hugging Face hub, since every process reads these files whenever the "
         f"run is continued. Fetch them once, and name that directory: {'; '.join(commands)}"

@@ -34,14 +34,10 @@ def unreadable_recipe(argv: Sequence[str], error: OSError) -> str:
     path = Path(given)
     if path.is_file():
         return f"The recipe {given} cannot be read: {str(error).strip().splitlines()[-1].strip()}"
-    near = difflib.get_close_matches(
-        path.name, [other.name for other in sorted(path.parent.glob("*.py"))], n=1
-    )
-    return f"--config={given} is no recipe." + (
-        f" Did you mean {path.with_name(near[0])}?"
-        if near
-        else " The project's own are in its directory configs."
-    )
+    others = sorted(other.name for other in path.parent.glob("*.py"))
+    if near := difflib.get_close_matches(path.name, others, n=1):
+        return f"--config={given} is no recipe. Did you mean {path.with_name(near[0])}?"
+    return f"--config={given} is no recipe. The project's own are in its directory configs."
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
@@ -177,9 +173,8 @@ def _summary(error: Exception, given: dict[str, str]) -> str:
     if message.startswith("get_config() takes 0 positional arguments"):
         recipe, _, argument = given["config"].partition(":")
         return f"{recipe} takes no argument, as {argument!r} is one; write --config={recipe}."
-    for _ in range(
-        2
-    ):  # a KeyError's message is quoted with its line ends spelled out, and it may lie in another's
+    # A KeyError's message is quoted with its line ends spelled out, and it may lie in another's.
+    for _ in range(2):
         with contextlib.suppress(SyntaxError, ValueError):
             message = str(ast.literal_eval(message))
     if key := re.fullmatch(r"\W*([A-Za-z_]\w*)\W*?(?:\s+Did you mean\W+(\w+).*)?", message, re.DOTALL):

@@ -259,7 +259,10 @@ def test_the_base_that_an_adapter_names_may_be_a_repository(llava_hf, stored, tm
             "org/gone",
             r"without its base: org/gone does not exist here, .* Or merge them with .*merge-lora BASE",
         ),
-        ("./gone", r"without its base: gone does not exist\. Or merge them with .*merge-lora BASE"),
+        (
+            "./gone",
+            r"without its base: gone does not exist\. .*ORG/NAME.* Or merge them with .*merge-lora BASE",
+        ),
         ("", r"names no base that is a model; merge them with .*merge-lora BASE"),
     ],
 )
