@@ -89,6 +89,25 @@ def test_a_broken_lora_run_continues_with_the_same_bits_and_its_adapter_is_the_t
         np.testing.assert_allclose(again, found, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
+def test_a_run_on_merged_adapters_and_with_tokens_of_its_own_is_merged(tiny_recipe, base, tmp_path):
+    config = tiny("llava15_finetune_task_lora", tiny_recipe)
+    config.init.update(model=base, tokenizer="")
+    config.train.max_steps = 1
+    config.optimizer.warmup_ratio = 0.0
+    config.export.layout = ""
+    trainer.run(parse(config), tmp_path / "first")
+    write_adapter(tmp_path / "adapter", open_run_adapter(tmp_path / "first"), layout="peft")
+    config.init.adapters = str(tmp_path / "adapter")
+    config.model.use_im_start_end = True
+    config.model.text.vocab_size += 2
+    trainer.run(parse(config), tmp_path / "second")
+    assert convert(["merge-lora", str(tmp_path / "second"), str(tmp_path / "merged")]) == 0
+    merged, expected = open_model(tmp_path / "merged"), open_run(tmp_path / "second")
+    assert merged.config.use_im_start_end and sorted(merged.names()) == sorted(expected.names())
+    for name in expected.names():
+        np.testing.assert_array_equal(merged.read(name), expected.read(name), err_msg=name)
+
+
 def test_the_task_recipe_trains_a_finished_model_further(tiny_recipe, base, tmp_path):
     config = tiny("llava15_finetune_task_lora", tiny_recipe)
     config.init.update(model=base, tokenizer="")
