@@ -10,6 +10,8 @@ _GPU = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     # cuBLAS for matrix products, as NVIDIA's and MaxText's recipes for dense models have it.
     "xla_gpu_enable_triton_gemm": False,
+    # Gradients of embeddings are otherwise added in whatever order threads come, and a run continues with other bits.
+    "xla_gpu_exclude_nondeterministic_ops": True,
 }
 OPTIONS = {
     # Lets operations that do not need each other run beside each other, which uses the cores better. The order of

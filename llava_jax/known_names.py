@@ -403,7 +403,7 @@ _NO_OPTIMIZER = "adamw, adamw_8bit, adafactor, lion, muon and sgd are the optimi
 _QUANTIZED_HERE = "kernels are read unquantised and become int8 or nf4 as they are loaded"
 _PAGED = "sharding.offload_moments keeps moments in the host's memory"
 _LION_BITS = "optimizer.moment_dtype='bfloat16' halves its moments"
-_FASTEST = "the fastest kernel that the devices have; the others are called by their own names"
+_FASTEST = "the kernel that docs/kernels.md lists for the platform; the others are called by their own names"
 _OFFLOAD = "sharding.offload_moments keeps moments in the host's memory; parameters stay on the devices"
 
 # What values of settings are called elsewhere. A value that is one of ours too does not stand here.
@@ -554,7 +554,7 @@ VALUES: dict[tuple[str, ...], dict[str, Counterpart]] = {
         "eager": _is("reference", note="nothing fused: S x S scores exist"),
         "disabled": _is("reference", note="nothing fused: S x S scores exist"),
         "triton": _none(
-            "attention is of JAX and Pallas; auto takes the fastest kernel that the devices have"
+            "attention is of JAX and Pallas; auto takes the kernel that docs/kernels.md lists for the platform"
         ),
     },
     ("train.remat",): {

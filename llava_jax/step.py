@@ -103,7 +103,7 @@ def make_train_step(
     metrics: loss, grad_norm (before clipping), num_supervised_tokens, skipped; float32[], int32[] or bool[]. A step
     whose loss or gradients are not finite is skipped: it changes nothing but `state.step`.
     `constrain_gradients` is applied to each microbatch's gradients by name; the trainer uses it to say how they lie
-    on the devices. dtype: in which the network computes; kernels and embeddings are cast to it once per step.
+    on the devices. dtype: in which the network computes; kernels are cast to it once per step.
     dropout: the shapes of the network's dropout keys, which are drawn anew from (seed, step, microbatch).
     placement: how rows and vocabulary lie on several devices.
     """
@@ -177,15 +177,13 @@ def _selected_if(condition, update, *state):
 
 
 def cast_kernels(parameters: dict[str, jax.Array], dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
-    """The parameters by name, with the matrices in the dtype in which layers use them anyway.
+    """The parameters by name, with kernels in the dtype in which layers use them anyway.
 
-    Done before the loop over microbatches, where layers read and devices gather half as many bytes. Norms and biases
-    take part in float32 here and there, and are small.
+    Done before the loop over microbatches, where layers read and devices gather half as many bytes. The others' gradients
+    are sums over tokens in their own dtype (models/linear.py).
     """
-    matrices = ("kernel", "embedding")
     return {
-        name: leaf.astype(dtype) if name.rpartition(".")[2] in matrices else leaf
-        for name, leaf in parameters.items()
+        name: leaf.astype(dtype) if name.endswith(".kernel") else leaf for name, leaf in parameters.items()
     }
 
 
@@ -256,7 +254,13 @@ def model_settings(config: Config, constrain: Callable, placement: Placement | N
             f"train.remat='offload' needs memory of the host that a {device.device_kind} reads; use 'full'."
         )
     return dict(
-        attention=partial(attention, implementation=config.train.attention, placement=placement),
+        attention=partial(
+            attention,
+            implementation=config.train.attention,
+            placement=placement,
+            longest_segment=config.data.max_length,
+            single_segment=not config.data.packing,
+        ),
         dtype=jnp.dtype(config.train.dtype),
         remat=config.train.remat,
         unroll=config.train.scan_unroll,

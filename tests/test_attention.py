@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from llava_jax.config import Config, ConfigError, MeshConfig, TrainConfig
+from llava_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainConfig
 from llava_jax.kernels import attention as door
 from llava_jax.kernels import einsum_attention
 from llava_jax.kernels.attention import attention, check_platform, choose
@@ -103,6 +103,48 @@ def test_chunks_leave_no_scores_of_all_tokens_by_all_tokens(monkeypatch):
     for implementation, whole in (("reference", True), ("xla", False)):
         jaxpr = str(jax.make_jaxpr(jax.grad(partial(loss, implementation=implementation)))(x))
         assert ("f32[1,1,1,64,64]" in jaxpr) == whole
+
+
+@pytest.mark.parametrize("longest", [1, 4, 5, 6, 100])
+def test_a_promise_about_segments_changes_nothing(longest):
+    lengths = [
+        min(longest, rest) for rest in range(23, 0, -longest)
+    ]  # as many of the longest as there is room for
+    segment_ids = np.stack([packed_row(23, *lengths), packed_row(23, 1, *lengths[1:])])
+    inputs = random_inputs(T=23)
+    found = run(*inputs, causal=True, segment_ids=segment_ids, implementation="xla", longest_segment=longest)
+    assert_close(found, attention_and_gradients(*inputs, causal=True, segment_ids=segment_ids), atol=2e-6)
+
+
+def test_keys_that_no_segment_reaches_are_not_read():
+    q, k, v, grad = random_inputs(B=1, T=12)
+    k[:, :6], v[:, :6] = np.nan, np.nan
+    segment_ids = packed_row(12, 4, 4, 4)[None]
+    how = dict(causal=True, segment_ids=segment_ids, implementation="xla")
+    out, *grads = run(
+        q, k, v, grad, **how, longest_segment=4
+    )  # chunks of 3: queries 9..11 read keys from 6 on
+    assert np.isfinite(out[:, 9:]).all() and np.isfinite(grads[0][:, 9:]).all()
+    assert np.isnan(run(q, k, v, grad, **how)[0][:, 9:]).all()
+
+
+@ON_CPUS
+def test_a_row_of_one_segment_needs_no_segments(implementation):
+    segment_ids = np.stack([packed_row(7, 4), packed_row(7, 7)])
+    real = (segment_ids > 0)[..., None, None]
+    q, k, v, grad = random_inputs()
+    how = dict(causal=True, segment_ids=segment_ids)
+    found = run(q, k, v, grad * real, **how, single_segment=True, implementation=implementation)
+    assert np.isfinite(found[0]).all() and np.any(found[0][0, 4:])
+    found = (found[0] * real, *found[1:])
+    assert_close(found, attention_and_gradients(q, k, v, grad * real, **how), atol=2e-6)
+
+
+def test_rows_of_one_segment_may_take_kernels_without_segments(monkeypatch):
+    monkeypatch.setitem(door.KERNELS, "cudnn", lambda q, k, v, segment_ids, **how: (q, segment_ids))
+    q = jnp.ones((1, 7, 2, 8), jnp.bfloat16)
+    how = dict(causal=True, segment_ids=np.ones((1, 7), np.int32), placement=on("gpu"))
+    assert attention(q, q, q, **how, single_segment=True)[1] is None
 
 
 def on(platform: str):
@@ -229,10 +271,12 @@ def test_arrays_that_do_not_fit_together_are_refused(implementation):
 
 
 def test_the_setting_reaches_the_door(placement):
-    config = Config(train=TrainConfig(attention="xla"))
-    bound = model_settings(config, constrain=None, placement=placement)["attention"]
-    assert bound.func is attention
-    assert bound.keywords == dict(implementation="xla", placement=placement)
+    for packing in (False, True):
+        config = Config(train=TrainConfig(attention="xla"), data=DataConfig(max_length=1000, packing=packing))
+        bound = model_settings(config, constrain=None, placement=placement)["attention"]
+        assert bound.func is attention
+        how = dict(longest_segment=1000, single_segment=not packing)
+        assert bound.keywords == dict(implementation="xla", placement=placement) | how
     with pytest.raises(ConfigError, match=r"train\.attention='cudnn' runs on a gpu, and this is a cpu"):
         model_settings(Config(train=TrainConfig(attention="cudnn")), constrain=None)
 

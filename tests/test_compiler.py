@@ -31,6 +31,14 @@ def test_libtpu_knows_its_options(monkeypatch):
         compile_with({"xla_tpu_no_such_option": True})
 
 
+def test_xla_knows_its_options_for_gpus():
+    with jax.default_device(jax.devices("cpu")[0]):  # each of its compilers knows the options of all
+        x = jnp.ones((2, 2))
+        assert (jax.jit(lambda x: x @ x, compiler_options=OPTIONS["gpu"])(x) == 2).all()
+        with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+            jax.jit(lambda x: x @ x, compiler_options={"xla_gpu_no_such_option": True})(x)
+
+
 def test_collectives_of_several_cpus_keep_their_order():
     assert compiler_options("cpu", 2) == {}
     assert compiler_options("cpu", 1) == OPTIONS["cpu"] != {}

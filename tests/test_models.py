@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -22,6 +23,7 @@ from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llama as decoder
 from llava_jax.models import llava
 from llava_jax.models.clip import normalize
+from llava_jax.models.linear import Embed, Linear
 from llava_jax.models.llava import IMAGE_TOKEN, insert_image_features
 from llava_jax.step import abstract_model, bind, random_parameters
 
@@ -261,3 +263,52 @@ def test_gradients_of_norm_scales_are_summed_in_float32():
     norm = decoder.RMSNorm(8, 0.0, jnp.bfloat16)
     grads = nnx.grad(lambda norm: norm(tokens).astype(jnp.float32).sum())(norm)
     np.testing.assert_array_equal(grads.scale[...], 4096.0)  # a sum in bfloat16 would stop at 256
+
+
+def test_gradients_of_biases_and_embeddings_are_summed_in_float32():
+    class Layers(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = Embed(5, 8, dtype=jnp.bfloat16, rngs=rngs)
+            self.linear = Linear(8, 3, dtype=jnp.bfloat16, rngs=rngs)
+
+    layers = Layers(nnx.Rngs(0))
+    tokens = jnp.full((4, 1024), 2)
+    of_embeddings = nnx.grad(lambda layers: layers.embed(tokens).astype(jnp.float32).sum())(layers)
+    np.testing.assert_array_equal(
+        of_embeddings.embed.embedding[...], 4096.0 * (np.arange(5) == 2)[:, None] * np.ones(8)
+    )
+    of_bias = nnx.grad(lambda layers: layers.linear(jnp.ones((4, 8192, 8))).astype(jnp.float32).sum())(layers)
+    np.testing.assert_array_equal(of_bias.linear.bias[...], 32768.0)
+
+
+def sums_over_tokens(jaxpr):
+    """(primitive, dtype, shape) of each sum that broadcasting or looking up leads to in a backward pass."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("reduce_sum", "scatter-add"):
+            out = equation.outvars[0].aval
+            yield equation.primitive.name, out.dtype, out.shape
+        for inner in jaxprs_in_params(equation.params):
+            yield from sums_over_tokens(inner)
+
+
+def test_no_parameter_of_a_bfloat16_network_has_a_gradient_summed_in_bfloat16():
+    config = ModelConfig(
+        vision=VisionConfig(24, 40, 3, 2, image_size=28),
+        text=TextConfig(90, 32, 52, 2, 4, 2, 8, attention_bias="qkvo"),
+        patch_merge_type="spatial_unpad",
+    )
+    graphdef, shapes = abstract_model(config, dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 7), jnp.int32)
+    images = jax.ShapeDtypeStruct((2, 1, 28, 28, 3), jnp.uint8)
+
+    def loss(parameters, tokens, images):
+        hidden = bind(graphdef, parameters)(tokens, images, tokens, tokens, tokens)
+        return hidden.astype(jnp.float32).sum()
+
+    sums = list(sums_over_tokens(jax.make_jaxpr(jax.grad(loss))(shapes, tokens, images).jaxpr))
+    of_features = ("scatter-add", jnp.bfloat16, (2, 4, 32))  # each has one place, and so one term
+    assert [found for found in sums if found[1] == jnp.bfloat16] == [of_features]
+    float32 = {(name, shape) for name, dtype, shape in sums if dtype == jnp.float32}
+    biases_newline_embeddings = {("reduce_sum", (32,)), ("reduce_sum", (24,)), ("scatter-add", (90, 32))}
+    positions = {("reduce_sum", (5, 24))}
+    assert float32 >= biases_newline_embeddings | positions

@@ -42,6 +42,8 @@ def attention(
     segment_ids: jax.Array | None = None,
     kv_segment_ids: jax.Array | None = None,
     sm_scale: float | None = None,
+    longest_segment: int | None = None,
+    single_segment: bool = False,
     implementation: str = "auto",
     placement: Placement | None = None,
 ) -> jax.Array:
@@ -52,6 +54,10 @@ def attention(
     former): a query sees the keys of its own segment only; 0 is padding and sees nothing. A query that sees
     nothing gives 0 and has no gradient. "mosaic_gpu" wants segments as packing makes them: positive, and each a
     single run. sm_scale: a number; None means 1 / sqrt(H).
+
+    Two promises about segment_ids of self-attention, which save work: no segment has more tokens than longest_segment;
+    single_segment: a row is one segment and padding after it. Then causal attention needs no segments, and
+    what padding gives is any finite number.
 
     implementation: one of ATTENTIONS; "auto" is `choose`'s. Their outputs, and the log-sum-exps of kernels,
     are named "attention" for remat policies. placement: how rows and heads lie on several devices.
@@ -65,6 +71,8 @@ def attention(
         raise ConfigError("kv_segment_ids need segment_ids: queries without segments would see all keys.")
     _require_fitting(q, k, v, segment_ids, kv_segment_ids)
     itself = kv_segment_ids is None and q.shape[1] == k.shape[1]
+    if single_segment and causal and itself:
+        segment_ids = None  # no token sees the padding after it
     if implementation == "auto":
         implementation = choose(q, segmented=segment_ids is not None, itself=itself, placement=placement)
         if itself:
@@ -72,6 +80,8 @@ def attention(
     how = dict(causal=causal, sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
     if implementation in EINSUMS:
         kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+        if implementation == "xla" and itself:
+            how["longest_segment"] = longest_segment
         return EINSUMS[implementation](q, k, v, segment_ids, kv_segment_ids, **how)
     if not itself:
         raise ConfigError(

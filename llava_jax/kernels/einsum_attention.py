@@ -17,7 +17,7 @@ def reference(
 ) -> jax.Array:
     """Scores and softmax in float32, all at once: the oracle for every other implementation.
 
-    Arguments as for the door. Query t is the sequence's t + first_query.
+    Arguments as for the door. Query t is at the place of key t + first_query.
     """
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -36,13 +36,31 @@ def reference(
     return checkpoint_name(out, "attention")
 
 
-def chunked(q, k, v, segment_ids=None, kv_segment_ids=None, *, causal: bool, sm_scale: float) -> jax.Array:
-    """The same, CHUNK queries at a time, in the backward pass too; of causal keys only those up to the last query."""
+def chunked(
+    q,
+    k,
+    v,
+    segment_ids=None,
+    kv_segment_ids=None,
+    *,
+    causal: bool,
+    sm_scale: float,
+    longest_segment: int | None = None,
+) -> jax.Array:
+    """The same, CHUNK queries at a time, in the backward pass too.
+
+    Of causal keys only those up to the last query, and with a longest_segment those that the first one's can reach.
+    """
     outs = []
     for first in range(0, q.shape[1], CHUNK):
+        first_key = 0
+        if causal and segment_ids is not None and longest_segment is not None:
+            first_key = max(
+                0, (first + 1 - longest_segment) // CHUNK * CHUNK
+            )  # whole chunks: aligned, few shapes
         queries = slice(first, first + CHUNK)
-        keys = slice(first + CHUNK) if causal else slice(None)
-        part = partial(reference, causal=causal, sm_scale=sm_scale, first_query=first)
+        keys = slice(first_key, first + CHUNK) if causal else slice(None)
+        part = partial(reference, causal=causal, sm_scale=sm_scale, first_query=first - first_key)
         if segment_ids is not None:
             part = partial(part, segment_ids=segment_ids[:, queries], kv_segment_ids=kv_segment_ids[:, keys])
         outs.append(jax.checkpoint(part)(q[:, queries], k[:, keys], v[:, keys]))

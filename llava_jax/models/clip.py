@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llava_jax.config import VisionConfig
-from llava_jax.models.linear import Linear
+from llava_jax.models.linear import Linear, spread
 from llava_jax.models.stack import run_stack, stack
 
 # openai/clip-vit-large-patch14-336, preprocessor_config.json.
@@ -122,9 +122,9 @@ class CLIPVisionTower(nnx.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """pixels float[B, image_size, image_size, 3], normalised -> hidden state float[B, 1 + P, C]."""
         x = self.patch_embedding(patchify(pixels.astype(self.dtype), self.config.patch_size))
-        cls = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (len(x), 1, x.shape[-1]))
-        x = jnp.concatenate([cls, x], axis=1) + self.position_embedding.astype(self.dtype)
-        x = self.constrain(self.pre_layrnorm(x))
+        cls = spread(self.class_embedding[...], (len(x), 1, x.shape[-1]), self.dtype)
+        x = jnp.concatenate([cls, x], axis=1)
+        x = self.constrain(self.pre_layrnorm(x + spread(self.position_embedding[...], x.shape, self.dtype)))
         if self.num_layers:
             x, _ = run_stack(
                 lambda block, x, _: (self.constrain(block(x)), None),

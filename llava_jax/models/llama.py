@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from llava_jax.config import RopeScaling, TextConfig
 from llava_jax.kernels.attention import attention
-from llava_jax.models.linear import Linear
+from llava_jax.models.linear import Embed, Linear
 from llava_jax.models.stack import run_stack, stack
 
 
@@ -197,7 +197,7 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
     ):
         D, V = config.hidden_size, config.vocab_size
-        self.embed_tokens = nnx.Embed(
+        self.embed_tokens = Embed(
             V, D, embedding_init=nnx.initializers.normal(D**-0.5), dtype=dtype, rngs=rngs
         )
         self.layers = stack(

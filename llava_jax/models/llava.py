@@ -13,6 +13,7 @@ from flax import nnx
 from llava_jax.config import ModelConfig
 from llava_jax.kernels.attention import attention
 from llava_jax.models.clip import CLIPVisionTower, normalize
+from llava_jax.models.linear import Embed, Linear, spread
 from llava_jax.models.llama import Cache, Llama
 
 IMAGE_TOKEN = -200  # the id of one placeholder, as in the original (llava/constants.py)
@@ -27,7 +28,7 @@ class Projector(nnx.Module):
         width = config.vision.hidden_size
         for i in range(1, self.depth + 1):
             uniform = _symmetric_uniform(width**-0.5)
-            linear = nnx.Linear(
+            linear = Linear(
                 width, config.text.hidden_size, kernel_init=uniform, bias_init=uniform, dtype=dtype, rngs=rngs
             )
             setattr(self, f"linear_{i}", linear)
@@ -56,13 +57,21 @@ def insert_image_features(
     """Fills each image placeholder with a feature of its row: the one of its id, without ids the next in order.
 
     embeddings float[B, T, D], features float[B, M * P, D], is_image bool[B, T], feature_ids int32[B, T], read at
-    placeholders only, where NEWLINE stands for `newline` float[D] -> float[B, T, D].
+    placeholders only, where NEWLINE stands for `newline` float[D] and others differ -> float[B, T, D].
     """
     if feature_ids is None:
         feature_ids = jnp.cumsum(is_image, axis=1) - 1
-    chosen = jnp.take_along_axis(features, jnp.maximum(feature_ids, 0)[..., None], axis=1)
+    nowhere = features.shape[1] + jnp.arange(
+        is_image.shape[1]
+    )  # all different, so gradients are moved and not added
+    places = jnp.where(is_image & (feature_ids != NEWLINE), feature_ids, nowhere)
+    take = jax.vmap(
+        lambda of_row, places: of_row.at[places].get(mode="fill", fill_value=0, unique_indices=True)
+    )
+    chosen = take(features, places)
     if newline is not None:
-        chosen = jnp.where((feature_ids == NEWLINE)[..., None], newline.astype(chosen.dtype), chosen)
+        newlines = spread(newline, chosen.shape, chosen.dtype)
+        chosen = jnp.where((feature_ids == NEWLINE)[..., None], newlines, chosen)
     return jnp.where(is_image[..., None], chosen, embeddings)
 
 
@@ -84,7 +93,7 @@ class LLaVA(nnx.Module):
         unroll: int = 1,
         attention: Callable[..., jax.Array] = attention,
         constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
-        look_up: Callable[[nnx.Embed, jax.Array], jax.Array] = lambda table, tokens: table(tokens),
+        look_up: Callable[[Embed, jax.Array], jax.Array] = lambda table, tokens: table(tokens),
         dot_general: Callable = jax.lax.dot_general,
         rngs: nnx.Rngs,
     ):
