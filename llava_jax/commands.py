@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
-from llava_jax.wrong_flags import MISTAKES, answer, unreadable_recipe
+from llava_jax.wrong_flags import answer, unreadable_recipe
 
 if TYPE_CHECKING:
     from llava_jax.recipe import Recipe
@@ -42,7 +42,7 @@ def read_recipe(flag: flags.FlagHolder) -> "Recipe":
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except MISTAKES as error:
+    except Exception as error:  # a recipe is code, which may raise anything
         if "--debug" in argv:
             raise
         _fail(f"{answer(argv, error)} (--help lists the flags, docs/recipes.md the settings.)", 10)

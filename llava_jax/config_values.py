@@ -56,7 +56,7 @@ def meant(key: str) -> tuple[tuple[str, ...], str]:
     own = [setting.removeprefix(f"{section}.") for setting in kinds if setting.startswith(f"{section}.")]
     if name not in by_name and (near := difflib.get_close_matches(name, own, n=1)):
         return (f"{section}.{near[0]}",), ""
-    near = difflib.get_close_matches(name, [*by_name, *KNOWN_NAMES], n=1)
+    near = difflib.get_close_matches(name, [*by_name, *KNOWN_NAMES], n=1, cutoff=0.75)
     if near and near[0] in by_name:
         return tuple(by_name[near[0]]), ""
     if near:
@@ -77,7 +77,10 @@ def wrong_type(key: str, value: str) -> str | None:
 
 _INTERVALS = dict.fromkeys(
     ("checkpoint.save_steps", "train.eval_steps"), "a number of steps or, below 1, a share of the stage"
-)
+) | {
+    "optimizer.warmup_steps": "a whole number (optimizer.warmup_ratio is a share of the stage)",
+    "train.log_steps": "a whole number of steps",
+}
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False"}
 
 

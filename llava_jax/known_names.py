@@ -65,6 +65,10 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "mm_use_im_patch_token": _is(
             "model.use_im_patch_token", note="off unless set; model.text.vocab_size counts the token"
         ),
+        "add_tokens": _none("the vocabulary is the tokenizer's; add them to it and to model.text.vocab_size"),
+        "add_special_tokens": _none(
+            "the vocabulary is the tokenizer's; add them to it and to model.text.vocab_size"
+        ),
         "resize_vocab": _is("model.text.vocab_size", note="new rows start as the mean of the others"),
         "is_multimodal": _none(
             "every model here has a vision tower; text-only samples may be mixed with others"
@@ -91,19 +95,26 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "load_in_4bit": _is("lora.quantization", note='"nf4", for training'),
     },
     "What trains": {
-        "freeze_backbone": _is("tune.language_model", note='"frozen"'),
+        "freeze_backbone": _is(
+            "tune.language_model",
+            note='"frozen"; the original still trains the head, which is "partial" with '
+            "tune.language_model_modules='lm_head'",
+        ),
         "tune_mm_mlp_adapter": _is(
             "tune.language_model", "tune.projector", note='"frozen" and "full": the projector alone trains'
         ),
         "freeze_mm_mlp_adapter": _is("tune.projector", note='"frozen"'),
         "freeze_vision_tower": _is("tune.vision_tower", note='"frozen", which it is unless set'),
-        "freeze_multi_modal_projector": _is("tune.projector", note='"frozen"'),
+        "freeze_multi_modal_projector": _is(
+            "tune.projector", note='"frozen"; LLaMA-Factory freezes it unless told, here it trains'
+        ),
         "freeze_language_model": _is("tune.language_model", note='"frozen"'),
         "unfreeze_mm_vision_tower": _is("tune.vision_tower", note='"full"'),
         "freeze_trainable_layers": _is(
-            "tune.language_model_layers", note="a slice: '-2:' for the last two, with 'partial'"
+            "tune.language_model_layers", note="a slice: '-2:' for 2, ':2' for -2, with 'partial'"
         ),
-        "freeze_trainable_modules": _is("tune.language_model_modules"),
+        "freeze_trainable_modules": _none("the layers of tune.language_model_layers train whole"),
+        "freeze_extra_modules": _is("tune.language_model_modules", note="embed_tokens, norm and lm_head"),
         "finetuning_type": _is(
             "tune.vision_tower", "tune.projector", "tune.language_model", note="frozen, full, partial or lora"
         ),
@@ -121,10 +132,11 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             note="\"embed_tokens\", with tune.language_model='partial' or 'lora'",
         ),
         "lora_enable": _is("tune.language_model", note='"lora"'),
-        "lora_r": _is("lora.rank"),
-        "lora_rank": _is("lora.rank"),
-        "lora_alpha": _is("lora.alpha"),
-        "lora_dropout": _is("lora.dropout"),
+        "lora_r": _is("lora.rank", note="128 unless set, not 64"),
+        "r": _is("lora.rank", note="128 unless set"),
+        "lora_rank": _is("lora.rank", note="128 unless set, not 8"),
+        "lora_alpha": _is("lora.alpha", note="2 * lora.rank unless set"),
+        "lora_dropout": _is("lora.dropout", note="0.05 unless set, not 0"),
         "lora_bias": _is("lora.bias"),
         "lora_target": _is("lora.target"),
         "target_modules": _is("lora.target"),
@@ -135,6 +147,8 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "use_dora": _none("DoRA does not exist here yet"),
         "pissa_init": _none("adapters begin as LoRA's do: A is drawn, B is zero"),
         "use_llama_pro": _none("no layers are added"),
+        "train_from_scratch": _is("init.model", note="empty, as it is unless set: drawn from the seed"),
+        "use_oft": _none("adapters are LoRA's"),
         "create_new_adapter": _is("lora.create_new_adapter"),
         "loraplus_lr_ratio": _is("optimizer.loraplus_lr_ratio"),
     },
@@ -152,6 +166,9 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "video_min_pixels": _none("frames are resized to the tower's size whatever their own"),
         "video_fps": _is("data.video_frames", note="so many frames, evenly spread, whatever the rate"),
         "video_maxlen": _is("data.video_frames", note="so many frames, evenly spread"),
+        "default_system": _none("a record's 'system' replaces the template's system text"),
+        "buffer_size": _none("samples are shuffled over the whole epoch"),
+        "data_seed": _is("seed"),
         "version": _is("data.template", note="v1, plain, ...; v1 unless set"),
         "conv_version": _is("data.template"),
         "template": _is("data.template", note="LLaMA-Factory's `default` is not the one here"),
@@ -195,19 +212,21 @@ TABLE: dict[str, dict[str, Counterpart]] = {
     },
     "Optimizer": {
         "optim": _is("optimizer.name", note="adamw, adamw_8bit, adafactor, lion, muon or sgd"),
-        "learning_rate": _is("optimizer.learning_rate"),
+        "learning_rate": _is("optimizer.learning_rate", note="2e-5 unless set, not 5e-5"),
         "lr": _is("optimizer.learning_rate"),
         "mm_projector_lr": _is("optimizer.projector_learning_rate"),
         "mm_vision_tower_lr": _is("optimizer.vision_tower_learning_rate"),
         "vision_tower_lr": _is("optimizer.vision_tower_learning_rate"),
-        "lr_scheduler_type": _is("optimizer.schedule", note="by the same names"),
+        "lr_scheduler_type": _is(
+            "optimizer.schedule", note="by the same names; cosine unless set, not linear"
+        ),
         "lr_scheduler_kwargs": _is(
             "optimizer.min_lr_ratio",
             "optimizer.decay_ratio",
             note="of cosine_with_min_lr and warmup_stable_decay; as shares of the peak rate and of the run",
         ),
         "warmup_ratio": _is("optimizer.warmup_ratio", note="0.03 unless set, not 0"),
-        "warmup_steps": _is("optimizer.warmup_steps"),
+        "warmup_steps": _is("optimizer.warmup_steps", note="a share of the stage is optimizer.warmup_ratio"),
         "weight_decay": _is("optimizer.weight_decay"),
         "adam_beta1": _is("optimizer.beta1"),
         "adam_beta2": _is("optimizer.beta2"),
@@ -239,7 +258,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "checkpoint.overwrite_output_dir",
             note="throws away checkpoints; without it the same command continues the run",
         ),
-        "num_train_epochs": _is("train.num_epochs"),
+        "num_train_epochs": _is("train.num_epochs", note="1 unless set, not 3"),
         "epochs": _is("train.num_epochs"),
         "max_steps": _is("train.max_steps"),
         "per_device_train_batch_size": _is("data.batch_size", note=_ROWS),
@@ -276,6 +295,12 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "a step without finite loss is not applied and is told; train.max_skipped_steps in a row end the run"
         ),
         "report_to": _is("train.report_to", note="metrics.jsonl is always written"),
+        "use_swanlab": _none("train.report_to knows tensorboard and wandb; metrics.jsonl is always written"),
+        "include_num_input_tokens_seen": _none(
+            "metrics.jsonl has tokens_per_second and num_supervised_tokens"
+        ),
+        "log_level": _none("a run prints what it does; --debug shows the traceback of an error"),
+        "full_determinism": _none("the same command on the same devices always gives the same bits"),
         "run_name": _is("name"),
         "plot_loss": _none("training_loss.png is always drawn"),
         "do_train": _none("python -m llava_jax.train trains"),
@@ -302,7 +327,15 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "evaluate.max_new_tokens", "--max_new_tokens", note="a flag of generate and evaluate"
         ),
         "push_to_hub": _none("README.md and export/ are written for you to upload; nothing is sent anywhere"),
+        "hub_model_id": _none(
+            "README.md and export/ are written for you to upload; nothing is sent anywhere"
+        ),
         "export_dir": _is("export.layout", note="written to export/ in --workdir"),
+        "export_size": _none("exported files hold 5 GB at most"),
+        "save_model_path": _none("the DST of tools/convert_weights.py merge-lora BASE ADAPTER DST"),
+        "model_revision": _none("weights are directories; hf download --revision fetches another"),
+        "pref_beta": _none("rewards and preferences do not exist here"),
+        "ref_model": _none("rewards and preferences do not exist here"),
         "stage": _none(
             "records say what they are: conversations (sft), documents with a 'text' (pt; configs/pt.py), or captions with "
             "data.template='plain'; rewards and preferences do not exist here"
@@ -462,6 +495,10 @@ VALUES: dict[tuple[str, ...], dict[str, Counterpart]] = {
     ("tune.vision_tower", "tune.projector", "tune.language_model"): {
         "partially-tune": _is("partial", note="with tune.vision_tower_layers and its like"),
         "qlora": _is("lora", note="with lora.quantization"),
+        "freeze": _is(
+            "partial",
+            note="LLaMA-Factory's, with tune.language_model_layers; what is 'frozen' does not train",
+        ),
         "common": _is("full"),
     },
     ("lora.target", "lora.vision_tower_target", "lora.projector_target", "lora.language_model_target"): {
@@ -542,6 +579,10 @@ VALUES: dict[tuple[str, ...], dict[str, Counterpart]] = {
         "bf16": _is("bfloat16"),
         "fp16": _is("float16"),
         "fp32": _is("float32"),
+    },
+    ("train.report_to",): {
+        name: _none("train.report_to knows tensorboard and wandb; metrics.jsonl is always written")
+        for name in ("swanlab", "mlflow", "trackio", "comet_ml", "clearml", "all")
     },
     ("train.attention",): {
         "flash_attention_2": _is("auto", note=_FASTEST),

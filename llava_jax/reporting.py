@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llava_jax.config import Config, split_names
+from llava_jax.config_values import to_json
 from llava_jax.errors import ConfigError
 
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # whose names are those of our extras
@@ -78,6 +79,7 @@ class WandB:
 
     def __init__(self, config: Config, stage: str, workdir: Path):
         self.prefix = f"{stage}/" if stage else ""
+        settings = to_json(config)
         wandb = _load("wandb")
         try:
             self.run = wandb.init(
@@ -85,6 +87,8 @@ class WandB:
                 name=config.name,
                 id=hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16],
                 resume="allow",
+                config={stage: settings} if stage else settings,
+                allow_val_change=True,  # of what a run that continues may change
                 dir=str(workdir),
             )
         except wandb.Error as error:

@@ -5,18 +5,17 @@ import contextlib
 import difflib
 import itertools
 import re
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
+from llava_jax.errors import ConfigError
+
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
-
-
-# What parsing flags raises.
-MISTAKES = (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError)
 
 
 def answer(argv: Sequence[str], error: Exception) -> str:
@@ -25,7 +24,17 @@ def answer(argv: Sequence[str], error: Exception) -> str:
     All flags and settings that are not there are answered, a line each, and not only the first, which `error` is of.
     """
     given = _given(argv)
-    return _wrong_names(given) or _missing(error) or _wrong_value(error, given) or _summary(error, given)
+    if "config" in flags.FLAGS:
+        for path in (given.get("config", ""), *argv[1:2]):
+            if path.endswith((".yaml", ".yml", ".json")):
+                return _recipe_of_another_trainer(path)
+    return (
+        _wrong_names(given)
+        or _missing(error)
+        or _wrong_value(error, given)
+        or _failing_recipe(error, given)
+        or _summary(error, given)
+    )
 
 
 def unreadable_recipe(argv: Sequence[str], error: OSError) -> str:
@@ -38,6 +47,20 @@ def unreadable_recipe(argv: Sequence[str], error: OSError) -> str:
     if near := difflib.get_close_matches(path.name, others, n=1):
         return f"--config={given} is no recipe. Did you mean {path.with_name(near[0])}?"
     return f"--config={given} is no recipe. The project's own are in its directory configs."
+
+
+def _recipe_of_another_trainer(path: str) -> str:
+    """What the keys of a YAML or JSON file of settings are called here, a line each."""
+    from llava_jax.known_names import explain
+
+    lines = [
+        f"{path} is no recipe: recipes are Python files. Take the nearest of configs/, say --config=configs/NAME.py, and "
+        "give what differs as --config.KEY=VALUE."
+    ]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        keys = re.findall(r"^\s*\"?(\w+)\"?\s*:", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+        lines += [explain(key) or f"`{key}` is not known here." for key in dict.fromkeys(keys)]
+    return "\n".join(lines)
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
@@ -80,7 +103,7 @@ def _load_recipe(path: str | None) -> "ConfigDict | None":
     """The recipe, whose flag may not have been parsed to its end; None if there is none, or none that loads."""
     if not path or "config" not in flags.FLAGS:
         return None
-    with contextlib.suppress(*MISTAKES):
+    with contextlib.suppress(Exception):  # of which the caller has one
         recipe = flags.FLAGS["config"].parser.parse(path)
         return recipe if hasattr(recipe, "keys") else None
     return None
@@ -163,6 +186,23 @@ def _wrong_value(error: Exception, given: dict[str, str]) -> str | None:
     if not match or not isinstance(error, flags.IllegalFlagValueError):
         return None
     return wrong_type(match[1], given[f"config.{match[1]}"])
+
+
+def _failing_recipe(error: Exception, given: dict[str, str]) -> str | None:
+    """Where a recipe's own code went wrong; None for what others raise for it."""
+    recipe = given.get("config", "").partition(":")[0]
+    if isinstance(error, SyntaxError):
+        line, message = error.lineno, error.msg
+    else:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if recipe and recipe in frame.filename
+        ]
+        if not frames or isinstance(error, flags.Error | ConfigError):
+            return None
+        line, message = frames[-1].lineno, error
+    return f"The recipe {recipe} fails in line {line}: {type(error).__name__}: {message}."
 
 
 def _summary(error: Exception, given: dict[str, str]) -> str:

@@ -153,7 +153,7 @@ def test_evaluate_compares_the_last_answers_of_conversations(finished_run, shape
         (
             ["--config.stages.finetune.train.num_train_epochs=2"],
             10,
-            "`num_train_epochs` is `train.num_epochs` here.",
+            "`num_train_epochs` is `train.num_epochs` here: 1 unless set, not 3.",
         ),
         (["--config.optim=lion"], 10, "`optim` is `optimizer.name` here"),
         (
@@ -253,6 +253,41 @@ def test_recipes_that_cannot_be_loaded_are_named(tmp_path, recipe, message):
     result = run("llava_jax.train", *f"--config=configs/{recipe}".split(), f"--workdir={tmp_path}")
     assert result.returncode == 10
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(:\n", "fails in line 1: SyntaxError: invalid syntax."),
+        (
+            "\nimport nothing_there\n",
+            "fails in line 2: ModuleNotFoundError: No module named 'nothing_there'.",
+        ),
+        ("def get_config():\n    return 1 / 0\n", "fails in line 2: ZeroDivisionError: division by zero."),
+        ("def get_config():\n    return {}['x']\n", "fails in line 2: KeyError: 'x'."),
+    ],
+)
+def test_the_line_of_a_recipe_that_fails_is_told(tmp_path, code, message):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(code)
+    result = run("llava_jax.train", f"--config={recipe}")
+    assert (result.returncode, "Traceback" in result.stderr) == (10, False)
+    assert f"error: The recipe {recipe} {message}" in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--config={}", "{}"])
+def test_keys_of_another_trainers_file_are_answered_one_by_one(tmp_path, flag):
+    settings = tmp_path / "lora.yaml"
+    settings.write_text("### model\nmodel_name_or_path: a/b\nlora_target: all\nnothing: 1\n")
+    result = run("llava_jax.train", flag.format(settings))
+    assert (result.returncode, "Traceback" in result.stderr) == (10, False)
+    lines = result.stderr[result.stderr.index("error: ") :].splitlines()
+    assert lines[0].startswith(f"error: {settings} is no recipe: recipes are Python files.")
+    assert lines[1].startswith("`model_name_or_path` is `init.language_model` and `init.model` here")
+    assert lines[2:] == [
+        "`lora_target` is `lora.target` here.",
+        "`nothing` is not known here. (--help lists the flags, docs/recipes.md the settings.)",
+    ]
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "evaluate", "check_data"])

@@ -12,6 +12,7 @@ import pytest
 from llava_jax.config import (
     ATTENTIONS,
     OPTIMIZERS,
+    REPORTERS,
     SCHEDULES,
     TUNE_MODES,
     Config,
@@ -74,6 +75,7 @@ CHOICES = {
     "optimizer.schedule": SCHEDULES,
     "train.dtype": ("bfloat16", "float32"),
     "export.dtype": ("bfloat16", "float16", "float32"),
+    "train.report_to": REPORTERS,
     "train.attention": ATTENTIONS,
     "train.remat": ("auto", "none", "minimal", "offload", "dots", "full"),
     "train.eval_steps": ("1 / train.num_epochs",),
@@ -104,6 +106,8 @@ def test_what_values_are_mapped_to_is_one_of_ours_and_what_is_mapped_is_not():
         ("optimizer.name", "paged_adamw_8bit", "`paged_adamw_8bit` is `adamw_8bit` here"),
         ("optimizer.schedule", "wsd", "`wsd` is `warmup_stable_decay` here."),
         ("lora.quantization", "4bit", "`4bit` is `nf4` here."),
+        ("tune.language_model", "freeze", "`freeze` is `partial` here: LLaMA-Factory's"),
+        ("train.report_to", "mlflow", "`mlflow` has no counterpart here: train.report_to knows tensorboard"),
         ("lora.language_model_target", "all-linear", "`all-linear` is `all` here."),
         ("train.dtype", "BF16", "`BF16` is `bfloat16` here."),
         ("train.attention", "sdpa", "`sdpa` is `auto` here"),
@@ -179,7 +183,10 @@ def test_the_page_of_names_is_the_table():
         ),
         ({"optimizer": {"optim": "adamw"}}, "`optim` is `optimizer.name` here: adamw, adamw_8bit"),
         ({"model": {"mpt_attn_impl": "triton"}}, "`mpt_attn_impl` has no counterpart here: "),
-        ({"train": {"num_train_epochs": 1.0}}, "`num_train_epochs` is `train.num_epochs` here."),
+        (
+            {"train": {"num_train_epochs": 1.0}},
+            "`num_train_epochs` is `train.num_epochs` here: 1 unless set, not 3.",
+        ),
         ({"train": {"log_step": 1}}, "Did you mean 'log_steps'?"),
     ],
 )

@@ -38,6 +38,12 @@ def test_a_record_of_llava():
     assert (record.system, record.is_frame) == (None, (False,))
 
 
+def test_the_placeholder_within_a_text_without_images_is_text():
+    record = parse(asked("What is <image> in SVG?", "<svg><image></svg>"))
+    assert record.turns == (("human", "What is <image> in SVG?"), ("gpt", "<svg><image></svg>"))
+    assert record.images == ()
+
+
 def test_the_name_begins_with_the_source():
     assert parse(GOOD, 7, source="vqa.json").name == "vqa.json: record 7 (id 'a')"
     assert fault(5, source="vqa.json").startswith("vqa.json: record 3: ")
@@ -143,6 +149,10 @@ def test_images_may_be_absent_one_or_several(media, images):
             "its text has 2 <image> for 3 images; write one for each.",
         ),
         (asked("<image>", "<image>", image="a"), "its text has 2 <image> for 1 images; write one for each."),
+        (
+            asked("yes", answer=" <image>\n"),
+            "its text has <image>, but it names no image; add 'image' or take that out.",
+        ),
         (asked("a <image>"), "its text has <image>, but it names no image; add 'image' or take that out."),
         (
             asked("<video>", image="a", video=["f"]),

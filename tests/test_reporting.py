@@ -84,6 +84,10 @@ def test_wandb_continues_the_run_of_the_directory(tiny_recipe, tmp_path, calls):
     report(tiny_recipe, "wandb, jsonl", tmp_path)
     name, _, settings = calls[0]
     assert (name, settings["name"], settings["resume"]) == ("init", "tiny", "allow")
+    assert (
+        settings["config"]["one"]["optimizer"]["learning_rate"]
+        == parse(tiny_recipe).first.optimizer.learning_rate
+    )
     assert calls[2:] == [
         ("log", ({"one/loss": 2.5, "one/step": 3},), {}),
         ("log", ({"one/eval_loss": 2.0, "one/step": 4},), {}),
