@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.isolated import Child, collect, tell
+from benchmarks.step_comparison import TORCH_ENVIRONMENT
 from benchmarks.timing import (
     conditions,
     has_torch,
@@ -26,6 +27,7 @@ from benchmarks.timing import (
     torch_conditions,
     torch_seconds,
 )
+from llava_jax.compiler import compiler_options
 from llava_jax.kernels.attention import attention
 from llava_jax.kernels.flash_gpu import flash_attention
 from llava_jax.kernels.flash_gpu_tiles import Tiles
@@ -157,7 +159,7 @@ def of_jax(shape: Shape, segment_ids, *, implementation: str) -> Callable:
 
 
 def forward(attend: Callable) -> Callable:
-    return jax.jit(lambda q, k, v, do: attend(q, k, v))
+    return _compiled(lambda q, k, v, do: attend(q, k, v))
 
 
 def forward_and_backward(attend: Callable) -> Callable:
@@ -165,7 +167,12 @@ def forward_and_backward(attend: Callable) -> Callable:
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(do)
 
-    return jax.jit(run)
+    return _compiled(run)
+
+
+def _compiled(run: Callable) -> Callable:
+    """`run` jitted as a train step is, which decides for example whether cuDNN may add in any order."""
+    return jax.jit(run, compiler_options=compiler_options(jax.default_backend(), 1))
 
 
 def largest_error(make: Callable, shape: Shape, seed: int) -> float:
@@ -193,7 +200,7 @@ def with_torch(shape: Shape, backend: str, seed: int, **timing) -> dict[str, flo
     q, k, v, do = make(), make(), make(), make().detach()
     attend = lambda: scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
     backward = lambda: torch.autograd.grad(attend(), (q, k, v), do)
-    with sdpa_kernel(SDPBackend[backend]):
+    with sdpa_kernel(getattr(SDPBackend, backend)):
         return {
             "forward": torch_seconds(attend, **timing),
             "forward+backward": torch_seconds(backward, **timing),
@@ -362,7 +369,10 @@ def main() -> None:
     print(
         f"{'shape':52}{'implementation':44}{'pass':18}{'ms':>10}{'TFLOP/s':>10}{'% peak':>9}{'max error':>11}"
     )
-    children = (Child(name, (*command, name), options.limit, environment) for name in names)
+    children = (
+        Child(name, (*command, name), options.limit, TORCH_ENVIRONMENT if name == "torch" else environment)
+        for name in names
+    )
     result = collect(children, show, as_json=options.json)
     sys.exit(
         any(row.get("wrong") for row in result["rows"]) or all("failed" in row for row in result["rows"])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.isolated import Child, collect, tell
+from benchmarks.step_comparison import TORCH_ENVIRONMENT
 from benchmarks.timing import conditions, has_torch, seconds, torch_conditions, torch_seconds
 from llava_jax.kernels.cross_entropy import IGNORE, supervised_cross_entropy
 
@@ -201,20 +202,27 @@ def show(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--size", choices=SIZES, help="default: full with an accelerator, small on a CPU")
+    parser.add_argument("--size", choices=SIZES, default="full", help="small or tiny: seconds on a CPU")
     parser.add_argument("--check", action="store_true", help="compare with float64, time nothing")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each implementation")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    size = SIZES[options.size]
     if options.measure:
-        size = SIZES[options.size or ("small" if jax.default_backend() == "cpu" else "full")]
+        if options.measure != "torch" and options.size == "full" and jax.default_backend() == "cpu":
+            sys.exit("No accelerator here; --size=small runs on a CPU.")
         for row in measure_all(options.measure, size, options.check):
             tell(**row)
         return
     names = [*LOSSES, *(["torch"] if has_torch() and not options.check else [])]
     command = ("benchmarks.loss", *sys.argv[1:], "--measure")
     print(f"{'':18}{'supervised':>10}{'loss':>16}{'ms':>12}{'GiB':>10}{'from float64':>14}")
-    children = (Child(name, (*command, name), options.limit) for name in names)
+    # GPUs and TPUs round the factors of float32 products unless they are told not to.
+    own = {"JAX_DEFAULT_MATMUL_PRECISION": "float32"} if size.dtype == "float32" else {}
+    children = (
+        Child(name, (*command, name), options.limit, TORCH_ENVIRONMENT if name == "torch" else own)
+        for name in names
+    )
     result = collect(children, show, as_json=options.json, finish=compare)
     wrong = [row for row in result["rows"] if row.get("wrong")]
     for row in wrong:

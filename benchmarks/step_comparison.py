@@ -13,10 +13,11 @@ from benchmarks.options import numbers, positive, several
 from benchmarks.timing import has_torch
 from benchmarks.training_step import MODELS, Case
 from llava_jax.config import ATTENTIONS
-from llava_jax.planning.targets import GPUS, MEMORY_FRACTION
+from llava_jax.gpus import memory_fraction_name
+from llava_jax.planning.chips import GPUS
 
 _TINY = {"rows": 2, "length": 96, "samples": 3, "rank": 4, "steps": 4}
-ENVIRONMENT = {MEMORY_FRACTION: "0.95"}  # the step of 7B needs more of a card than JAX takes by itself
+ENVIRONMENT = {memory_fraction_name(): "0.95"}  # the step of 7B needs more of a card than JAX takes by itself
 # Beside torch JAX only prepares what it is given, and must not take the card.
 TORCH_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 

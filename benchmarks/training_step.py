@@ -34,7 +34,7 @@ from llava_jax.flops import Work, causal_pairs, training_flops
 from llava_jax.kernels.cross_entropy import IGNORE
 from llava_jax.memory_peak import memory_peak
 from llava_jax.models.llava import IMAGE_TOKEN
-from llava_jax.planning.peaks import peak_flops
+from llava_jax.planning.chips import peak_flops
 from llava_jax.program import Program
 from llava_jax.sharding import make_mesh
 from llava_jax.step import random_parameters

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
 
+from llava_jax.gpus import set_memory_limits
 from llava_jax.wrong_flags import answer, unreadable_recipe
 
 if TYPE_CHECKING:
@@ -19,8 +20,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Parses the flags and calls main(); a user's mistake becomes one paragraph and its exit code."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Of a GPU's memory JAX takes 75 % by itself; a 7B model with AdamW on one card needs more.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    set_memory_limits()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is no news
     logging.set_verbosity(
         logging.FATAL

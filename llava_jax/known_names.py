@@ -86,7 +86,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "bf16": _is("train.dtype", note='"bfloat16", which it is unless set'),
         "fp16": _is("train.dtype", note="bfloat16 or float32; float16 would need loss scaling"),
         "pure_bf16": _none("trained parameters are always float32"),
-        "tf32": _none("jax_default_matmul_precision is JAX's own setting, in the environment"),
+        "tf32": _none("train.dtype is bfloat16 or float32, and products of float32 keep all its bits"),
         "bits": _is("lora.quantization", note="int8 for 8, nf4 for 4"),
         "double_quant": _is("lora.double_quantization"),
         "quant_type": _is("lora.quantization", note="nf4; fp4 does not exist here"),

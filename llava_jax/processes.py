@@ -60,6 +60,12 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
         _require_alone()
         return
     except RuntimeError as error:
+        if "mpi4py" in str(error):
+            raise ConfigError(
+                "JAX finds the processes that Open MPI 5 has started by mpi4py alone: pip install mpi4py. Or set "
+                "JAX_LOCAL_DEVICE_IDS=$OMPI_COMM_WORLD_LOCAL_RANK in the environment of each, and say where they are with "
+                "--coordinator, --num_processes and --process_id."
+            ) from error
         raise HangError(
             f"The processes of this run did not find each other: {_first_line(error)} "
             "Start the same command on every host, and see that process 0 can be reached from the others."
@@ -74,16 +80,18 @@ def start(coordinator: str = "", num_processes: int | None = None, process_id: i
 def _require_alone() -> None:
     """Raises ConfigError if a launcher of which JAX knows nothing has started several processes: each would train by
     itself."""
-    for size, rank in (
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),  # Open MPI 5 says no more where its processes are
-        ("PMI_SIZE", "PMI_RANK"),  # MPICH, Intel MPI
-        ("WORLD_SIZE", "RANK"),  # torchrun
+    for size, rank, local_rank in (
+        # Open MPI 5 says no more where its processes are.
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+        ("WORLD_SIZE", "RANK", "LOCAL_RANK"),  # torchrun
     ):
         count = os.environ.get(size, "")
         if count.isdecimal() and int(count) > 1:
             raise ConfigError(
                 f"{size}={count}: a launcher has started {count} processes, but JAX cannot find the others by it; add "
-                f"--coordinator=HOST_OF_PROCESS_0:8476 --num_processes=${size} --process_id=${rank}."
+                f"--coordinator=HOST_OF_PROCESS_0:8476 --num_processes=${size} --process_id=${rank}, and with one process "
+                f"per GPU set JAX_LOCAL_DEVICE_IDS=${local_rank} in its environment, or each takes all GPUs of its host."
             )
 
 

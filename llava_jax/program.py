@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from llava_jax.compiler import compiler_options
+from llava_jax.compiler import as_precise_as, compiler_options
 from llava_jax.config import Config
 from llava_jax.models.quantization import Quantization
 from llava_jax.optimizer import make_optimizer
@@ -56,6 +56,10 @@ class Program:
     @cached_property
     def _model(self) -> tuple[nnx.GraphDef, dict, dict]:
         return self._network(dropout=True)
+
+    @property
+    def _platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
 
     def _network(self, *, dropout: bool) -> tuple[nnx.GraphDef, dict, dict]:
         settings = model_settings(self.config, constrain_rows(self.mesh), attention_placement(self.mesh))
@@ -146,15 +150,16 @@ class Program:
         if self.config.sharding.offload_moments:
             step = self._with_moments_on_device(step)
         return jax.jit(
-            step,
+            as_precise_as(self.config.train.dtype, self._platform, step),
             donate_argnums=0,
             out_shardings=(shardings, replicated(self.mesh)),
-            compiler_options=compiler_options(self.mesh.devices.flat[0].platform, self.mesh.size),
+            compiler_options=compiler_options(self._platform, self.mesh.size),
         )
 
     def eval_step(self):
         """step(parameters, batch) -> sums over its supervised tokens, jitted; see `make_eval_step`."""
-        return jax.jit(make_eval_step(self._network(dropout=False)[0]))
+        step = make_eval_step(self._network(dropout=False)[0])
+        return jax.jit(as_precise_as(self.config.train.dtype, self._platform, step))
 
     def _abstract(self, name: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.parameter_sharding(name, shape))

@@ -24,7 +24,7 @@ from llava_jax.errors import StoppedError
 from llava_jax.interruption import StopRequest
 from llava_jax.metrics import MetricsLog
 from llava_jax.optimizer import averaged_parameters, described
-from llava_jax.planning.peaks import peak_flops
+from llava_jax.planning.chips import peak_flops
 from llava_jax.processes import exchange, from_first
 from llava_jax.profiling import StepProfiler
 from llava_jax.program import Program

@@ -236,7 +236,7 @@ def _sum_losses(graphdef: nnx.GraphDef, loss: LossConfig, placement: Placement |
 
 def can_offload(device: jax.Device) -> bool:
     """Whether train.remat="offload" can put activations into memory of the host, and the device read them there."""
-    if device.platform in ("gpu", "cuda"):  # all can; one that is only described does not list that memory
+    if device.platform == "gpu":  # all can; one that is only described does not list that memory
         return True
     return "pinned_host" in {memory.kind for memory in device.addressable_memories()}
 

@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from llava_jax.commands import read_recipe, run_command
+from llava_jax.gpus import require_found
 from llava_jax.host_memory import start_anew_with_tunables
 from llava_jax.interruption import listening, stop_at_once
 
@@ -37,6 +38,7 @@ def main() -> None:
     from llava_jax.trainer import run
 
     processes.start(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    require_found()
     if not processes.is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the end; one process tells what they all do
     with processes.ending_together():

@@ -13,6 +13,7 @@ from llava_jax.config import Config, ConfigError, DataConfig, MeshConfig, TrainC
 from llava_jax.kernels import attention as door
 from llava_jax.kernels import einsum_attention
 from llava_jax.kernels.attention import attention, check_platform, choose
+from llava_jax.models.stack import REMAT_POLICIES
 from llava_jax.sharding import attention_placement, make_mesh
 from llava_jax.step import model_settings
 from tests.attention_oracle import assert_close, attention_and_gradients, packed_row, random_inputs
@@ -145,6 +146,23 @@ def test_rows_of_one_segment_may_take_kernels_without_segments(monkeypatch):
     q = jnp.ones((1, 7, 2, 8), jnp.bfloat16)
     how = dict(causal=True, segment_ids=np.ones((1, 7), np.int32), placement=on("gpu"))
     assert attention(q, q, q, **how, single_segment=True)[1] is None
+
+
+def test_minimal_rematerialisation_keeps_what_cudnn_has_computed(monkeypatch):
+    import jax._src.cudnn.fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    x = jnp.ones((2, 1024, 2, 64), jnp.bfloat16)
+
+    def attend(q):
+        return attention(q, q, q, causal=True, implementation="cudnn", placement=on("gpu")).astype(
+            jnp.float32
+        )
+
+    for remat, times in (("minimal", 1), ("dots", 2)):
+        block = jax.checkpoint(attend, policy=REMAT_POLICIES[remat])
+        jaxpr = str(jax.make_jaxpr(jax.grad(lambda q, block=block: block(q).sum()))(x))
+        assert jaxpr.count("dot_product_attention_fwd_wrapper[") == times
 
 
 def on(platform: str):
@@ -287,5 +305,5 @@ def test_an_implementation_for_other_machines_is_refused():
     with pytest.raises(ConfigError, match=r"train\.attention='flash_tpu' runs on a tpu, and this is a cpu"):
         check_platform("flash_tpu", "cpu")
     check_platform("splash", "tpu")
-    check_platform("cudnn", "cuda")  # as a described GPU calls it
+    check_platform("cudnn", "gpu")
     check_platform("xla", "cpu")

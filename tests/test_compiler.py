@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.compile_attention import ENVIRONMENT
-from llava_jax.compiler import OPTIONS, compiler_options
+from llava_jax.compiler import OPTIONS, as_precise_as, compiler_options
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="the extra [plan] is not installed")
@@ -37,6 +37,22 @@ def test_xla_knows_its_options_for_gpus():
         assert (jax.jit(lambda x: x @ x, compiler_options=OPTIONS["gpu"])(x) == 2).all()
         with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
             jax.jit(lambda x: x @ x, compiler_options={"xla_gpu_no_such_option": True})(x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "precise"),
+    [
+        ("float32", "gpu", True),
+        ("float32", "tpu", True),
+        ("float32", "cpu", False),
+        ("bfloat16", "gpu", False),
+    ],
+)
+def test_float32_products_keep_their_bits(dtype, platform, precise):
+    product = as_precise_as(dtype, platform, lambda a, b: a @ b)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda a, b: product(a, b).sum()))(*jnp.ones((2, 2, 2))))
+    assert jaxpr.count("dot_general") == 2
+    assert jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == (2 if precise else 0)
 
 
 def test_collectives_of_several_cpus_keep_their_order():

@@ -230,6 +230,19 @@ def test_at_the_end_the_watcher_is_not_interrupted_while_it_asks_the_others():
     assert done.stdout.splitlines()[1:] == ["asks", "is answered", "JAX leaves"], done.stderr
 
 
+def test_what_open_mpi_5_needs_is_told(monkeypatch):
+    def initialize(*_):
+        raise RuntimeError(
+            "Open MPI 5 or newer requires mpi4py for distributed initialization."
+        )  # as JAX 0.11.2 does
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(
+        ConfigError, match=r"pip install mpi4py.*JAX_LOCAL_DEVICE_IDS=\$OMPI_COMM_WORLD_LOCAL_RANK"
+    ):
+        processes.start()
+
+
 def test_processes_that_a_launcher_started_do_not_train_each_by_itself(monkeypatch):
     def find_none(*_):
         raise ValueError("coordinator_address should be defined.")
@@ -241,7 +254,10 @@ def test_processes_that_a_launcher_started_do_not_train_each_by_itself(monkeypat
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
     processes.start()
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"OMPI_COMM_WORLD_SIZE=2: .*--process_id=\$OMPI_COMM_WORLD_RANK"):
+    with pytest.raises(
+        ConfigError,
+        match=r"OMPI_COMM_WORLD_SIZE=2: .*--process_id=\$OMPI_COMM_WORLD_RANK.*_IDS=\$OMPI_COMM_WORLD_LOCAL_RANK",
+    ):
         processes.start()
 
 

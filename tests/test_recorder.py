@@ -13,7 +13,7 @@ from llava_jax import memory_peak as memory_module
 from llava_jax.flops import Work, causal_pairs, training_flops
 from llava_jax.memory_peak import memory_peak
 from llava_jax.metrics import MetricsLog
-from llava_jax.planning.peaks import peak_flops
+from llava_jax.planning.chips import peak_flops
 from llava_jax.recorder import Recorder
 from llava_jax.watchdog import Watchdog
 

@@ -50,6 +50,7 @@ FLOORS = (
         "watchdog",
         "digests",
         "flops",
+        "gpus",
         "host_memory",
         "run_lock",
     ),

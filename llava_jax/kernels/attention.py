@@ -59,8 +59,9 @@ def attention(
     single_segment: a row is one segment and padding after it. Then causal attention needs no segments, and
     what padding gives is any finite number.
 
-    implementation: one of ATTENTIONS; "auto" is `choose`'s. Their outputs, and the log-sum-exps of kernels,
-    are named "attention" for remat policies. placement: how rows and heads lie on several devices.
+    implementation: one of ATTENTIONS; "auto" is `choose`'s. Outputs, and log-sum-exps of kernels, are named "attention"
+    for remat policies; cuDNN's have names of JAX's own (models/stack.py). placement: how rows and heads lie on several
+    devices.
 
     Raises ConfigError on an unknown implementation, on arrays that do not fit together, and where an implementation
     cannot honour an argument: none is ignored.
@@ -112,9 +113,8 @@ def _require_fitting(q, k, v, segment_ids, kv_segment_ids) -> None:
 def choose(q: jax.Array, *, segmented: bool, itself: bool, placement: Placement | None) -> str:
     """The implementation for a call by its platform, shape and mask. itself: keys and queries are the same tokens.
 
-    Nothing was timed on TPUs: there, the kernel is taken where it fills its lanes. cuDNN knows no segments, and is not
-    chosen for GPUs that are only described (platform "cuda"), for its libraries are seldom where those are planned for.
-    On one CPU `xla_cpu` is fastest while its scores stay small.
+    Nothing was timed on TPUs: there, the kernel is taken where it fills its lanes. cuDNN knows no segments. On one CPU
+    `xla_cpu` is fastest while its scores stay small.
     """
     einsum = "xla" if q.shape[1] > CHUNK else "reference"
     if not itself or (placement is None and jax.device_count() > 1):
@@ -131,7 +131,6 @@ def choose(q: jax.Array, *, segmented: bool, itself: bool, placement: Placement 
 
 def check_platform(implementation: str, platform: str) -> None:
     """Raises ConfigError where the implementation was made for another platform (cpu, gpu or tpu)."""
-    platform = {"cuda": "gpu"}.get(platform, platform)  # as described GPUs call it
     needed = PLATFORMS.get(implementation, platform)
     if needed != platform:
         raise ConfigError(

@@ -10,8 +10,17 @@ from llava_jax.models.linear import PRODUCT
 
 _policies = jax.checkpoint_policies
 _ATTENTION = "attention"  # its output and, of kernels, the log-sum-exp
+
+
+def _is_cudnn(primitive, *_, **__) -> bool:
+    """Of JAX's own call of cuDNN what its backward pass reads has no name."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 REMAT_POLICIES = {  # what the backward pass finds kept of a block, beside its input; it recomputes the rest
-    "minimal": _policies.save_only_these_names(PRODUCT, _ATTENTION),  # recomputes elementwise steps alone
+    "minimal": _policies.save_from_both_policies(  # recomputes elementwise steps alone
+        _policies.save_only_these_names(PRODUCT, _ATTENTION), _is_cudnn
+    ),
     "offload": _policies.save_and_offload_only_these_names(  # the same, in the host's memory
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[PRODUCT, _ATTENTION],

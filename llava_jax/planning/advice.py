@@ -1,13 +1,13 @@
 """What to change when a step does not fit, cheapest first, with what each change would bring by arithmetic."""
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
 from llava_jax.config import Config
+from llava_jax.gpus import memory_fraction, memory_fraction_name
 from llava_jax.planning.activations import decoder_kernels, gathered_bytes, kernel_bytes, saved_bytes
 from llava_jax.planning.memory import Arguments
-from llava_jax.planning.targets import DEFAULT_MEMORY_FRACTION, GIB, MEMORY_FRACTION
+from llava_jax.planning.targets import GIB
 from llava_jax.tuning import NF4_BLOCK
 
 _HIGH_FRACTION = 0.95  # of a card; the rest is for the driver, libraries and NCCL
@@ -75,11 +75,11 @@ def advise(situation: Situation) -> list[Advice]:
 
 
 def _memory_fraction(situation: Situation) -> Iterator[Advice]:
-    fraction = float(os.environ.get(MEMORY_FRACTION, DEFAULT_MEMORY_FRACTION))
-    if situation.platform == "cuda" and fraction < _HIGH_FRACTION:
+    fraction = memory_fraction()
+    if situation.platform == "gpu" and fraction < _HIGH_FRACTION:
         gain = int(situation.hbm / fraction * (_HIGH_FRACTION - fraction))
         yield Advice(
-            f"{MEMORY_FRACTION}={_HIGH_FRACTION}",
+            f"{memory_fraction_name()}={_HIGH_FRACTION}",
             gain,
             f"nothing; JAX takes {fraction:.0%} of a card otherwise",
         )

@@ -37,7 +37,8 @@ def compile_step(
     shapes = program.abstract_state(), program.abstract_frozen(), program.abstract_batch(length, num_images)
     began = time.monotonic()
     try:
-        lowered = program.train_step().trace(*shapes).lower(lowering_platforms=(target.platform,))
+        platform = {"gpu": "cuda"}.get(target.platform, target.platform)  # as lowering calls it
+        lowered = program.train_step().trace(*shapes).lower(lowering_platforms=(platform,))
         compiled = lowered.compile(compiler_options=target.compiler_options or None)
     except RuntimeError as error:  # XLA's JaxRuntimeError is one
         if "cuDNN not found" in str(error):
@@ -50,7 +51,8 @@ def compile_step(
             raise
         return Compiled(needed, False, time.monotonic() - began, "")
     # Arguments plus temporaries would be too much: some of these lie where others lay before.
-    peak = compiled.memory_analysis().peak_memory_in_bytes
+    memory = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes  # which the compiler counts too
     fits = None if target.hbm_bytes is None else peak <= target.hbm_bytes
     return Compiled(peak, fits, time.monotonic() - began, compiled.as_text())
 

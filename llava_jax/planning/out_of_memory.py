@@ -60,7 +60,7 @@ def _explain(config: Config, mesh: Mesh, shape: tuple[int, int], message: str) -
         length,
         mesh.size,
         num_row_shards(mesh),
-        {"gpu": "cuda"}.get(device.platform, device.platform),
+        device.platform,
         sizes,
         peak,
         limit or peak,

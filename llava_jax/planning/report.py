@@ -3,10 +3,11 @@
 import math
 
 from llava_jax.config import Config
+from llava_jax.gpus import memory_fraction_name
 from llava_jax.metrics import format_seconds
 from llava_jax.planning.search import flags
 from llava_jax.planning.stage_plan import MFUS, StagePlan
-from llava_jax.planning.targets import GIB, MEMORY_FRACTION, Target
+from llava_jax.planning.targets import GIB, Target
 from llava_jax.planning.workload import Workload
 
 
@@ -16,7 +17,7 @@ def devices_line(target: Target) -> str:
     if target.hbm_bytes is None:
         parts.append("memory not told by the device")
     else:
-        part = f" that {MEMORY_FRACTION} leaves" if target.platform == "cuda" else ""
+        part = f" that {memory_fraction_name()} leaves" if target.platform == "gpu" else ""
         parts.append(f"{target.hbm_bytes / GIB:.2f} GiB each{part}")
     if target.peak_flops:
         parts.append(f"{target.peak_flops / 1e12:g} TFLOP/s bfloat16")

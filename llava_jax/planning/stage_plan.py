@@ -11,7 +11,7 @@ from llava_jax.planning.advice import Advice, Situation, advise
 from llava_jax.planning.collectives import Traffic, read_collectives
 from llava_jax.planning.compilation import Compiled, compile_step
 from llava_jax.planning.memory import Arguments, arguments
-from llava_jax.planning.targets import GIB, Target
+from llava_jax.planning.targets import GIB, Target, has_cudnn
 from llava_jax.planning.workload import Workload
 from llava_jax.program import Program
 from llava_jax.sharding import make_mesh, num_row_shards
@@ -131,7 +131,19 @@ class StagePlan:
 
 
 def make_plan(config: Config, target: Target, workload: Workload) -> StagePlan:
-    """Compiles the stage's step for the target. Raises ConfigError when its rows cannot be spread over the devices."""
+    """Compiles the stage's step for the target. Raises ConfigError when its rows cannot be spread over the devices.
+
+    Where cuDNN's libraries are not, the attention that described GPUs would take by themselves is planned as XLA's.
+    """
+    if target.is_described_gpu:
+        if config.sharding.offload_moments:
+            raise ConfigError(
+                "sharding.offload_moments cannot be planned for GPUs that are only described, for they tell nothing of the "
+                "host's memory. Plan without it, which is the most that a step needs: the update brings all moments to "
+                "the card."
+            )
+        if config.train.attention == "auto" and not has_cudnn():
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, attention="xla"))
     mesh = make_mesh(config.mesh, target.devices)
     require_even_rows(config, mesh)
     program = Program(config, mesh, _NUM_STEPS)

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llava_jax.config import ConfigError
+from llava_jax.gpus import memory_fraction
+from llava_jax.planning.chips import GPUS, TPUS, peak_flops
 
 if TYPE_CHECKING:
     import jax
@@ -17,35 +19,7 @@ GIB = 2**30
 HERE = "here"
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What JAX calls a device of some kind."""
-
-    kinds: tuple[str, ...]  # its device_kind begins with one of these
-    hbm_gib: (
-        float  # TPU: what the compiler says is available (libtpu 0.0.42.1); GPU: all that the driver shows
-    )
-    peak_tflops: float  # bfloat16, dense
-
-
-# Peaks: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; a tpu7x chip is two devices.
-TPUS = {
-    "v4": Chip(("TPU v4",), 30.75, 275),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 15.75, 197),
-    "v5p": Chip(("TPU v5p", "TPU v5"), 95.74, 459),
-    "v6e": Chip(("TPU v6",), 31.25, 918),
-    "tpu7x": Chip(("TPU7x", "TPU v7"), 94.75, 1153.5),
-}
-# Peaks: NVIDIA's data sheets of the SXM cards.
-GPUS = {
-    "a100": Chip(("NVIDIA A100",), 79.25, 312),
-    "h100": Chip(("NVIDIA H100",), 79.65, 989),
-    "h200": Chip(("NVIDIA H200",), 140.4, 989),
-}
 _EXAMPLES = "v5e:8x8, v5p:4x4x4, 2xv5e:16x16 (two slices), h100:8, 4xh100:8 (four hosts) or here"
-# The share of a card that JAX takes (docs.jax.dev, GPU memory allocation).
-MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-DEFAULT_MEMORY_FRACTION = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +32,10 @@ class Target:
     hbm_bytes: int | None  # None: unknown
     peak_flops: float | None  # per second and device; None: unknown
     compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_described_gpu(self) -> bool:
+        return self.platform == "gpu" and self.name != HERE
 
 
 def prepare(name: str) -> None:
@@ -117,6 +95,11 @@ def _parse(name: str) -> _Topology:
     return _Topology(int(number or 1), family, sizes)
 
 
+def has_cudnn() -> bool:
+    """Whether the libraries are installed that cuDNN's attention is compiled with."""
+    return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn"))
+
+
 def _require_module(module: str, command: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
@@ -163,22 +146,18 @@ def _describe_gpus(name: str, topology: _Topology) -> Target:
     except Exception as error:  # whatever the plugin raises
         raise ConfigError(f"--topology={name}: the CUDA plugin refuses it ({_first_line(error)}).") from error
     chip = GPUS[family]
-    fraction = float(os.environ.get(MEMORY_FRACTION, DEFAULT_MEMORY_FRACTION))
     # Without a device Triton's matrix products cannot be tuned, and some tilings it tries are refused.
     options = {"xla_gpu_enable_triton_gemm": False}
-    hbm_bytes = int(chip.hbm_gib * GIB * fraction)
-    return Target(name, list(described.devices), "cuda", hbm_bytes, chip.peak_tflops * 1e12, options)
+    hbm_bytes = int(chip.hbm_gib * GIB * memory_fraction())
+    return Target(name, list(described.devices), "gpu", hbm_bytes, chip.peak_tflops * 1e12, options)
 
 
 def _find_here() -> Target:
     import jax
 
     devices = jax.devices()
-    kind = devices[0].device_kind
-    chips = [chip for chip in (TPUS | GPUS).values() if kind.startswith(chip.kinds)]
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    platform = {"gpu": "cuda"}.get(devices[0].platform, devices[0].platform)
-    return Target(HERE, devices, platform, limit, chips[0].peak_tflops * 1e12 if chips else None)
+    return Target(HERE, devices, devices[0].platform, limit, peak_flops(devices[0].device_kind))
 
 
 def _first_line(error: Exception) -> str:
