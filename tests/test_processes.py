@@ -236,7 +236,7 @@ def test_what_open_mpi_5_needs_is_told(monkeypatch):
             "Open MPI 5 or newer requires mpi4py for distributed initialization."
         )  # as JAX 0.11.2 does
 
-    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
     with pytest.raises(
         ConfigError, match=r"pip install mpi4py.*JAX_LOCAL_DEVICE_IDS=\$OMPI_COMM_WORLD_LOCAL_RANK"
     ):
