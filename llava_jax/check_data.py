@@ -41,12 +41,14 @@ def main() -> None:
     from llava_jax.data.inspection_page import write_page
     from llava_jax.data.tokenizer import require_room
     from llava_jax.errors import DataError
+    from llava_jax.recipe import naming_stage
 
     tokenizer = _load_tokenizer(recipe.first)
     require_room(tokenizer, recipe.first.model.text.vocab_size)
     opened = []  # all of it before hours are spent on the first
     for name, config in stages.items():
-        training, evaluations = open_datasets(config.data, config.seed)
+        with naming_stage(name):
+            training, evaluations = open_datasets(config.data, config.seed)
         opened.append((f"{name} training data".strip(), training, config))
         for own, evaluation in evaluations.items():
             opened.append((f"{name} evaluation data {own}".strip(), evaluation, config))

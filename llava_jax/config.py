@@ -789,7 +789,8 @@ class Config:
         require(
             self.data.max_length <= self.model.text.max_position_embeddings,
             f"data.max_length={self.data.max_length} exceeds the decoder's model.text.max_position_embeddings="
-            f"{self.model.text.max_position_embeddings}.",
+            f"{self.model.text.max_position_embeddings}; a decoder goes on to learn longer rows where both are raised, with "
+            "model.text.rope_scaling.rope_type='linear' and .factor for much longer ones.",
         )
         require(
             self.model.num_image_tokens < self.data.max_length,

@@ -58,7 +58,12 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "model.image_grid_pinpoints",
             note="with data.image_aspect_ratio='anyres'; sizes are (width, height)",
         ),
-        "rope_scaling": _is("model.text.rope_scaling.rope_type", note="default, linear or llama3"),
+        "rope_scaling": _is(
+            "model.text.rope_scaling.rope_type",
+            "model.text.rope_scaling.factor",
+            "model.text.max_position_embeddings",
+            note="default, linear or llama3; longer rows need data.max_length too",
+        ),
         "mm_use_im_start_end": _is(
             "model.use_im_start_end", note="model.text.vocab_size counts the two tokens"
         ),

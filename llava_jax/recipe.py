@@ -16,7 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from llava_jax.config import Config, TextConfig, one_of, require
 from llava_jax.config_values import build
-from llava_jax.errors import ConfigError
+from llava_jax.errors import UserError
 from llava_jax.tuning import check
 
 
@@ -192,18 +192,18 @@ def parse(config_dict: ConfigDict) -> Recipe:
             shared.keys() == fields.keys(),
             f"{', '.join(sorted(fields.keys() - shared.keys()))}: set per stage here, as stages.{name}.KEY.",
         )
-        with _naming(name):
+        with naming_stage(name):
             stages[name] = build(Config, shared | _without_aliases(sections[name]), f"stages.{name}.")
             check(stages[name])
     return Recipe(stages[order[0]].name, stages, prepare)
 
 
 @contextlib.contextmanager
-def _naming(stage: str) -> Iterator[None]:
-    """Says in a ConfigError that leaves the block which stage it is of."""
+def naming_stage(stage: str) -> Iterator[None]:
+    """Says in a user's error that leaves the block which stage it is of; "" is an only one."""
     try:
         yield
-    except ConfigError as error:
-        if f"stages.{stage}." in str(error):
+    except UserError as error:
+        if not stage or f"stages.{stage}." in str(error):
             raise
-        raise ConfigError(f"Stage {stage}: {error}") from error
+        raise type(error)(f"Stage {stage}: {error}") from error

@@ -138,7 +138,8 @@ def _check_same_run(path: Path, asked: dict, anew: list[str]) -> None:
             f"{path.parent} holds a run with other settings: {', '.join(differing[:5])}"
             f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}. Continue it with the same settings, "
             "choose another --workdir, or start it anew with checkpoint.overwrite_output_dir=True; to train a finished "
-            "model further, start a new run with init.model."
+            "model further, start a new run with init.model, or with more steps and "
+            "checkpoint.resume_from_checkpoint, which keeps the moments."
         )
 
 

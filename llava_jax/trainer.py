@@ -31,7 +31,7 @@ from llava_jax.model_card import write_model_card
 from llava_jax.planning.out_of_memory import explain_out_of_memory
 from llava_jax.planning.remat import settle
 from llava_jax.processes import agree, code_version, from_first, is_first, together, wait_for_all
-from llava_jax.recipe import Recipe
+from llava_jax.recipe import Recipe, naming_stage
 from llava_jax.reporting import check_reporters, open_reporters
 from llava_jax.run_adapter import check_adapter, open_run_adapter
 from llava_jax.run_directory import flatten, open_run_directory
@@ -63,9 +63,10 @@ def run(recipe: Recipe, workdir: Path) -> None:
         tokenizer = _load_tokenizer(weights)
         for config in recipe.stages.values():
             check_reporters(config)
-        stages = [
-            _make_stage(name, config, tokenizer, mesh, workdir) for name, config in recipe.stages.items()
-        ]
+        stages = []
+        for name, config in recipe.stages.items():
+            with naming_stage(name):
+                stages.append(_make_stage(name, config, tokenizer, mesh, workdir))
         check_asked(stages, tokenizer)
         if last.export.layout in ADAPTER_LAYOUTS:
             check_adapter(recipe.stages, last.export.layout)

@@ -57,7 +57,7 @@ def initial_weights(config: Config) -> ModelSource:
             "set init.vision_tower or init.language_model to it instead."
         )
     _check_template(source, config)
-    source = _with_tokens(_with_tiles(source, model), config)
+    source = _with_positions(_with_tokens(_with_tiles(source, model), config), config)
     differing = _differences(source.config, model, "model.")
     if differing:
         path = init.model or " and ".join(filter(None, (init.vision_tower, init.language_model)))
@@ -178,6 +178,31 @@ def _with_tokens(source: ModelSource, config: Config) -> ModelSource:
         use_im_patch_token=source.config.use_im_patch_token or model.use_im_patch_token,
     )
     return dataclasses.replace(source, config=has)
+
+
+def _with_positions(source: ModelSource, config: Config) -> ModelSource:
+    """`source`, and where the run asks a decoder for longer rows than it was trained on, with positions for them.
+
+    That is where samples may be longer than its positions, and where rotary scaling is asked for and it has none.
+    """
+    old, new = source.config.text, config.model.text
+    changes = {}
+    if old.max_position_embeddings < config.data.max_length:
+        changes["max_position_embeddings"] = new.max_position_embeddings
+    if old.rope_scaling.rope_type == "default" and new.rope_scaling.rope_type != "default":
+        changes["rope_scaling"] = new.rope_scaling
+    if not changes:
+        return source
+    scaling = new.rope_scaling
+    scale = (
+        ""
+        if scaling.rope_type == "default"
+        else f", rotary scaling {scaling.rope_type} by {scaling.factor:g}"
+    )
+    now = f"{new.max_position_embeddings}{scale}"
+    print(f"The decoder has {old.max_position_embeddings} positions; this run gives it {now}.", flush=True)
+    text = dataclasses.replace(old, **changes)
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, text=text))
 
 
 def complete(source: ModelSource, seed: int) -> ModelSource:

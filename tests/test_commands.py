@@ -345,7 +345,11 @@ def test_check_data_exits_with_11_and_says_why_when_training_may_not_start(recip
         (["--report=/"], 10, "--report=/ cannot be written"),
         (["--stage=pretran"], 10, "the stages of this recipe are towers, pretrain, finetune"),
         (["--config.init.tokenizer="], 10, "No tokenizer: set init.tokenizer"),
-        (["--config.stages.finetune.data.path=/nowhere.json"], 11, "'/nowhere.json': cannot be read"),
+        (
+            ["--config.stages.finetune.data.path=/nowhere.json"],
+            11,
+            "error: Stage finetune: '/nowhere.json': cannot be read",
+        ),
         (
             ["--config.stages.towers.data.image_folder=/nowhere"],
             11,

@@ -377,6 +377,22 @@ def test_a_checkpoint_of_another_architecture_names_the_keys(tiny_recipe, tmp_pa
         trainer.run(parse(tiny_recipe), tmp_path / "second")
 
 
+def test_a_decoder_goes_on_with_longer_rows_where_the_run_has_them(tiny_recipe, tmp_path, capsys):
+    trainer.run(parse(tiny_recipe), tmp_path / "first")
+    tiny_recipe.init.update(model=str(tmp_path / "first"), tokenizer="")
+    tiny_recipe.train.max_steps = 1
+    tiny_recipe.model.text.max_position_embeddings = 320
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=256 \(config: 320\)"):
+        trainer.run(parse(tiny_recipe), tmp_path / "second")  # no row needs them
+    tiny_recipe.data.max_length = 300
+    tiny_recipe.model.text.rope_scaling.update(rope_type="linear", factor=2.0)
+    trainer.run(parse(tiny_recipe), tmp_path / "second")
+    told = "The decoder has 256 positions; this run gives it 320, rotary scaling linear by 2."
+    assert told in capsys.readouterr().out
+    text = open_run(tmp_path / "second").config.text
+    assert (text.max_position_embeddings, text.rope_scaling.factor) == (320, 2.0)
+
+
 def test_two_processes_cannot_train_in_one_directory(tiny_recipe, tmp_path):
     recipe = parse(tiny_recipe)
     with (
