@@ -728,7 +728,7 @@ class EvaluateConfig:
     """What is answered by generation: questions of a file after the last stage, none when `path` is empty; and what
     data.val_size, data.eval_path or data.eval_dataset keep out of training, the last answer of each sample."""
 
-    path: str = ""  # JSONL: question_id, image, text, answer, kind
+    path: str = ""  # JSONL: question_id, text, answer and, where there are any, image, kind
     image_folder: str = ""
     batch_size: int = 64
     max_new_tokens: int = 32

@@ -1,5 +1,6 @@
 """Questions and evaluation sets answered by generation, and how right the answers are."""
 
+import hashlib
 import json
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from llava_jax.data.dataset import Dataset
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.data.image_processor import ImageProcessor
 from llava_jax.data.images import load_image
+from llava_jax.data.question_file import read_questions, require_answers, require_pictures
 from llava_jax.data.questions import Question, make_questions, readable
 from llava_jax.data.records import raise_problems
 from llava_jax.data.templates import Template, get_template
@@ -23,81 +25,58 @@ from llava_jax.generation import Generator
 from llava_jax.metrics import Counter
 from llava_jax.scores import is_match, rouge_l
 
-KEYS = ("question_id", "image", "text", "answer", "kind")
-
-
-def read_questions(path: str) -> list[dict[str, str]]:
-    """Reads JSONL with the keys of KEYS, one question about one image per line. Raises DataError naming the line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); check evaluate.path (--questions of llava_jax.evaluate)."
-        ) from error
-    questions = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}:{error.colno}: broken JSON ({error.msg}); a line holds one question."
-            ) from error
-        missing = [
-            key for key in KEYS if not isinstance(question, dict) or not isinstance(question.get(key), str)
-        ]
-        if missing:
-            raise DataError(f"{path}:{number}: a question needs text under {', '.join(missing)}.")
-        questions.append(question)
-    if not questions:
-        raise DataError(f"{path}: there is no question in this file.")
-    return questions
-
 
 def check_questions(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises DataError when one of the questions of `config.evaluate` could not be asked at the end of the run."""
-    asked, positions = config.evaluate, config.model.text.max_position_embeddings
-    questions, folder = read_questions(asked.path), ImageFolder(asked.image_folder)
-    template = get_template(config.data.template)
+    """Raises DataError when one of the questions of `config.evaluate` could not be asked or scored at the end of the
+    run."""
+    asked = config.evaluate
+    questions = read_questions(asked.path)
+    require_answers(asked.path, questions)
+    require_pictures(asked.path, questions, asked.image_folder, blind=asked.blind)
     processor = ImageProcessor.from_config(config.data, config.model)
-    problems = []
-    for question in questions:
-        try:
-            prompt = _prompt(question, question["image"], folder, template, tokenizer, processor)
-            length = prompt.length + asked.max_new_tokens
-            if length > positions:
-                raise DataError(
-                    f"question and answer may take {length} tokens, the model has {positions} positions."
-                )
-        except DataError as error:
-            problems.append(f"question {question['question_id']!r}: {error}")
-    raise_problems(asked.path, problems)
-    if asked.blind and len({question["image"] for question in questions}) < 2:
-        raise DataError(
-            f"{asked.path} asks about one picture only; set evaluate.blind=False, or ask about more."
-        )
+    template = get_template(config.data.template)
+    for own in (questions, _about_others(questions) if asked.blind else []):
+        _prompts(own, asked, template, tokenizer, processor, room=asked.max_new_tokens)
 
 
-def evaluate(generator: Generator, config: EvaluateConfig) -> tuple[dict[str, float], list[dict]]:
-    """Asks every question of `config.path` greedily -> (results, the questions with `prediction` added).
+def evaluate(
+    generator: Generator, questions: list[dict], config: EvaluateConfig, *, model_id: str
+) -> tuple[dict[str, float], list[dict]]:
+    """Asks the questions of `config.path` greedily -> (results, the answers in the form of `_answered`).
 
-    results: eval_accuracy, eval_accuracy_KIND and eval_samples; with `config.blind` also eval_accuracy_blind
-    and eval_accuracy_blind_KIND, for which each question is asked again about another picture.
+    results: eval_samples, their number; eval_scored, how many of them have an answer to compare with; of these, if there
+    are any, eval_accuracy and eval_accuracy_KIND (`kind` or `category`). With `config.blind` each question that has a
+    picture is asked again about another one -> `blind_prediction`, eval_accuracy_blind and eval_accuracy_blind_KIND.
+    Raises DataError when one of them cannot be asked, before any is.
     """
-    questions = read_questions(config.path)
-    pictures = sorted({question["image"] for question in questions})
-    predictions = _answer(generator, config, questions, {picture: picture for picture in pictures})
-    answered = [row | {"prediction": said} for row, said in zip(questions, predictions, strict=True)]
-    results = {"eval_samples": len(questions)} | _accuracies(answered, "prediction", "eval_accuracy")
+    prompts, blind_prompts = (
+        _prompts(own, config, generator.template, generator.tokenizer, generator.image_processor, room=1)
+        for own in (questions, _about_others(questions) if config.blind else [])
+    )
+    predictions = ask(generator, prompts, config, progress=Counter("answering:"))
+    answered = [
+        _answered(question, said, model_id) for question, said in zip(questions, predictions, strict=True)
+    ]
+    results = {
+        "eval_samples": len(questions),
+        "eval_scored": sum("answer" in question for question in questions),
+    }
+    results |= _accuracies(answered, "prediction", "eval_accuracy")
     if config.blind:
-        # A shift that is no half of the number, so that no two pictures swap places.
-        shift = 1 + len(pictures) // 3
-        other = {picture: pictures[(i + shift) % len(pictures)] for i, picture in enumerate(pictures)}
-        blind = _answer(generator, config, questions, other)
-        answered = [row | {"blind_prediction": said} for row, said in zip(answered, blind, strict=True)]
-        results |= _accuracies(answered, "blind_prediction", "eval_accuracy_blind")
+        shown = [row for row in answered if "image" in row]
+        blind = ask(generator, blind_prompts, config, progress=Counter("answering blind:"))
+        for row, said in zip(shown, blind, strict=True):
+            row["blind_prediction"] = said
+        results |= _accuracies(shown, "blind_prediction", "eval_accuracy_blind")
     return results, answered
+
+
+def model_name(path: str) -> str:
+    """What the original calls the model in a directory (get_model_name_from_path of llava/mm_utils.py)."""
+    directory = Path(path).absolute()
+    if directory.name.startswith("checkpoint-"):
+        return f"{directory.parent.name}_{directory.name}"
+    return directory.name
 
 
 def find_questions(
@@ -179,44 +158,86 @@ def ask(
     return [answers[number] for number in range(len(questions))]
 
 
-def _answer(
-    generator: Generator, config: EvaluateConfig, questions: list[dict], pictures: dict[str, str]
-) -> list[str]:
-    """Answers to each question about the picture that takes the place of its own."""
+def _about_others(questions: list[dict]) -> list[dict]:
+    """The questions that have a picture, each about another one of these."""
+    shown = [question for question in questions if "image" in question]
+    pictures = sorted({question["image"] for question in shown})
+    # A shift that is no half of the number, so that no two pictures swap places.
+    shift = 1 + len(pictures) // 3
+    other = {picture: pictures[(i + shift) % len(pictures)] for i, picture in enumerate(pictures)}
+    return [question | {"image": other[question["image"]]} for question in shown]
+
+
+def _prompts(
+    questions: list[dict],
+    config: EvaluateConfig,
+    template: Template,
+    tokenizer: Tokenizer,
+    processor: ImageProcessor,
+    *,
+    room: int,
+) -> list[Question]:
+    """Questions with their tokens. Raises DataError naming all that cannot be asked, or leave no room for an answer of
+    so many tokens."""
     folder = ImageFolder(config.image_folder)
-    template, tokenizer = generator.template, generator.tokenizer
-    prompts = [
-        _prompt(question, pictures[question["image"]], folder, template, tokenizer, generator.image_processor)
-        for question in questions
-    ]
-    return ask(generator, prompts, config)
+    positions = processor.model.text.max_position_embeddings
+    prompts, problems = [], []
+    for question in questions:
+        try:
+            prompt = _prompt(question, folder, template, tokenizer, processor)
+            length = prompt.length + room
+            if length > positions:
+                raise DataError(
+                    f"question and answer may take {length} tokens, the model has {positions} positions."
+                )
+            prompts.append(prompt)
+        except DataError as error:
+            problems.append(f"question {question['question_id']!r}: {error}")
+    raise_problems(config.path, problems)
+    return prompts
 
 
 def _prompt(
     question: dict,
-    picture: str,
     folder: ImageFolder,
     template: Template,
     tokenizer: Tokenizer,
     processor: ImageProcessor,
 ) -> Question:
-    path = folder.locate(picture)
+    images = (folder.locate(question["image"]),) if "image" in question else ()
     return Question(
-        question["question_id"],
+        f"question {question['question_id']!r}",
         question["text"],
         question["text"],
-        question["answer"].strip(),
+        question.get("answer", "").strip(),
         render_prompt(
             question["text"],
             template,
             tokenizer,
-            num_images=1,
+            num_images=len(images),
             image_markers=processor.model.use_im_start_end,
         ),
-        (path,),
-        (False,),
-        (processor.layout(path),),
+        images,
+        (False,) * len(images),
+        tuple(processor.layout(path) for path in images),
     )
+
+
+def _answered(question: dict, said: str, model_id: str) -> dict:
+    """An answer under the names that the original's scorers read, then what else its question has, then `prediction`.
+
+    answer_id, random there, is of what was asked and answered, so that the same answers are the same file.
+    """
+    known = [model_id, question["question_id"], question.get("image"), question["text"], said]
+    row = {
+        "question_id": question["question_id"],
+        "prompt": question["text"],
+        "text": said,
+        "answer_id": hashlib.sha256(json.dumps(known).encode()).hexdigest()[:22],
+        "model_id": model_id,
+        "metadata": {},
+    }
+    return row | {key: value for key, value in question.items() if key not in row} | {"prediction": said}
 
 
 def compared(question: Question, answer: str) -> dict:
@@ -242,21 +263,32 @@ def _scores(rows: list[dict], prefix: str) -> dict[str, float]:
 
 
 def _accuracies(answered: list[dict], key: str, name: str) -> dict[str, float]:
-    """Share of exact matches, over all questions and per kind."""
-    right = np.array([is_match(row[key], row["answer"]) for row in answered])
-    kinds = np.array([row["kind"] for row in answered])
-    per_kind = {f"{name}_{kind}": float(right[kinds == kind].mean()) for kind in sorted(set(kinds.tolist()))}
-    return {name: float(right.mean())} | per_kind
+    """Share of exact matches, over all questions that have an answer and per kind; {} where none has."""
+    right, by_kind = [], {}
+    for row in answered:
+        if "answer" not in row:
+            continue
+        right.append(is_match(row[key], row["answer"]))
+        kind = row.get("kind", row.get("category"))
+        if kind is not None:
+            by_kind.setdefault(str(kind), []).append(right[-1])
+    if not right:
+        return {}
+    per_kind = {f"{name}_{kind}": float(np.mean(by_kind[kind])) for kind in sorted(by_kind)}
+    return {name: float(np.mean(right))} | per_kind
 
 
 def draw_samples(answered: list[dict], image_folder: str, path: Path, count: int = 12) -> None:
-    """Draws some pictures with question, answer and truth into one image file."""
+    """Draws some pictures with question, answer and truth into one image file; none where no question has a picture."""
+    shown = [row for row in answered if "image" in row]
+    if not shown:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = [answered[i] for i in np.linspace(0, len(answered) - 1, min(count, len(answered))).astype(int)]
+    chosen = [shown[i] for i in np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int)]
     columns = 4
     figure, axes = pyplot.subplots(
         -(-len(chosen) // columns), columns, figsize=(12, 3.4 * -(-len(chosen) // columns))
@@ -266,11 +298,11 @@ def draw_samples(answered: list[dict], image_folder: str, path: Path, count: int
     folder = ImageFolder(image_folder)
     for axis, row in zip(np.ravel(axes), chosen, strict=False):
         axis.imshow(load_image(folder.locate(row["image"])))
-        right = is_match(row["prediction"], row["answer"])
+        right = is_match(row["text"], row["answer"])
         axis.set_title(
             "\n".join(
                 _printable(line)
-                for line in (row["text"], f"model: {row['prediction']}", f"truth: {row['answer']}")
+                for line in (row["prompt"], f"model: {row['text']}", f"truth: {row['answer']}")
             ),
             fontsize=8,
             color="darkgreen" if right else "darkred",

@@ -7,9 +7,17 @@ from jax.sharding import Mesh
 from llava_jax import report
 from llava_jax.answer_samples import choose_questions, usable_samples
 from llava_jax.convert.source import ModelSource
+from llava_jax.data.question_file import read_questions
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import ConfigError
-from llava_jax.evaluation import check_questions, draw_samples, evaluate, find_questions, predict
+from llava_jax.evaluation import (
+    check_questions,
+    draw_samples,
+    evaluate,
+    find_questions,
+    model_name,
+    predict,
+)
 from llava_jax.generation import open_generator
 from llava_jax.processes import is_first
 from llava_jax.stage import Stage
@@ -54,7 +62,9 @@ def answer_at_end(
         if is_first():
             report.write_evaluation(workdir, results, predictions, "generated_predictions.jsonl")
     if asked.path:
-        evaluation, answered = evaluate(generator, asked)
+        evaluation, answered = evaluate(
+            generator, read_questions(asked.path), asked, model_id=model_name(str(workdir))
+        )
         results |= evaluation
         if is_first():
             report.write_evaluation(workdir, evaluation, answered, "predictions.jsonl")

@@ -366,10 +366,17 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "image-file": _is("--image", note="of generate; repeated for several"),
         "query": _is("--prompt", note="of generate"),
         "conv-mode": _is("--template", note="of generate and evaluate; the model's own unless set"),
-        "question-file": _is("--questions", note="of evaluate, whose lines hold the right answers too"),
-        "answers-file": _is("--predictions", note="of evaluate"),
+        "question-file": _is(
+            "--questions", note="of evaluate; as it is, and right answers in it are compared"
+        ),
+        "answers-file": _is("--predictions", note="of evaluate; the original's scorers read it"),
+        "single-pred-prompt": _is("--single_pred_prompt", note="of evaluate"),
+        "all-rounds": _none("MMBench's tables are not read"),
         "num-chunks": _none("evaluate asks --batch_size questions at a time"),
         "chunk-idx": _none("evaluate asks --batch_size questions at a time"),
+        "result-file": _is("--answers", note="of score, for POPE and ScienceQA"),
+        "annotation-dir": _is("--pope", note="of score"),
+        "base-dir": _is("--science_qa", note="of score"),
         "load-8bit": _none("models answer in --dtype; lora.quantization is for training"),
         "load-4bit": _none("models answer in --dtype; lora.quantization is for training"),
         "do_sample": _is(

@@ -90,12 +90,13 @@ def test_generate_answers_from_a_run_and_from_its_export(finished_run, shapes_da
     assert len(result.stdout.splitlines()) >= 2
 
 
-def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
+def test_evaluate_gives_the_accuracy_and_the_answers_of_the_run(finished_run, shapes_dataset, tmp_path):
     result = run(
         "llava_jax.evaluate",
         f"--model={finished_run}",
         f"--questions={shapes_dataset}/questions_test.jsonl",
         f"--image_folder={shapes_dataset}/images",
+        f"--predictions={tmp_path}/answers/llava.jsonl",
         "--max_new_tokens=8",
         "--dtype=float32",
         "--batch_size=24",
@@ -104,6 +105,91 @@ def test_evaluate_gives_the_accuracy_of_the_run(finished_run, shapes_dataset):
     found = json.loads(result.stdout[result.stdout.index("{") :])
     expected = json.loads((finished_run / "eval_results.json").read_text())
     assert found["eval_accuracy"] == expected["eval_accuracy"]
+    rows, of_the_run = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "answers/llava.jsonl", finished_run / "predictions.jsonl")
+    )
+    for row in of_the_run:
+        del row["blind_prediction"]
+    assert rows == of_the_run
+    assert [path.name for path in (tmp_path / "answers").iterdir()] == ["llava.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--questions=broken.jsonl"], 11, "broken.jsonl:1: a question needs text under text."),
+        (["--questions=absent.jsonl"], 11, "'absent.jsonl': cannot be read"),
+        (["--questions=pictures.jsonl"], 11, "question 1: image 'a.png' is not in image_folder"),
+        (["--questions=text.jsonl", "--blind"], 11, "text.jsonl asks about fewer than two pictures"),
+        (
+            ["--questions=text.jsonl", "--predictions=/proc/a.jsonl"],
+            10,
+            "--predictions=/proc/a.jsonl cannot be",
+        ),
+        (["--questions=text.jsonl", "--predictions=/"], 10, "--predictions=/ is no file"),
+        (["--data=text.jsonl", "--single_pred_prompt"], 10, "--single_pred_prompt is about --questions"),
+        (["--questions=text.jsonl"], 12, "/nowhere"),
+    ],
+)
+def test_evaluate_tells_mistakes_before_it_reads_the_model_and_keeps_older_answers(
+    tmp_path, arguments, code, message
+):
+    (tmp_path / "broken.jsonl").write_text('{"question_id": 1}')
+    (tmp_path / "pictures.jsonl").write_text('{"question_id": 1, "image": "a.png", "text": "?"}')
+    (tmp_path / "text.jsonl").write_text('{"question_id": 1, "text": "?"}')
+    (tmp_path / "answers.jsonl").write_text("older")
+    result = run(
+        "llava_jax.evaluate", "--model=/nowhere", "--predictions=answers.jsonl", *arguments, cwd=tmp_path
+    )
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False), result.stderr
+    assert message in result.stderr
+    assert (tmp_path / "answers.jsonl").read_text() == "older"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_scores_are_printed_of_written_answers(tmp_path):
+    answers = (
+        {"question_id": i, "prompt": "?", "text": t, "category": "random"} for i, t in enumerate(("No", "a"))
+    )
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    (tmp_path / "coco_pope_random.json").write_text('{"label": "no"}\n' * 2)
+    arguments = ("llava_jax.score", f"--answers={tmp_path}/answers.jsonl")
+    result = run(*arguments, f"--pope={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["random"]["accuracy"] == 0.5
+    result = run(*arguments, f"--science_qa={tmp_path}")
+    assert (result.returncode, "pid_splits.json: cannot be read" in result.stderr) == (11, True)
+
+
+def test_evaluate_asks_the_originals_scienceqa_for_a_letter(finished_run, shapes_dataset, tmp_path):
+    picture = next(Path(shapes_dataset, "images").glob("test_00000.*")).name
+    asked = [{"from": "human", "value": "Which?\nA. red\nB. blue\n<image>"}, {"from": "gpt", "value": "A"}]
+    records = [
+        {"id": "4", "image": picture, "conversations": asked},
+        {"id": "5", "conversations": [{"from": "human", "value": "Which?"}]},
+    ]
+    (tmp_path / "llava_test_CQM-A.json").write_text(json.dumps(records))
+    result = run(
+        "llava_jax.evaluate",
+        f"--model={finished_run}",
+        f"--questions={tmp_path}/llava_test_CQM-A.json",
+        f"--image_folder={shapes_dataset}/images",
+        f"--predictions={tmp_path}/answers.jsonl",
+        "--single_pred_prompt",
+        "--max_new_tokens=4",
+        "--dtype=float32",
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout[result.stdout.index("{") :])
+    assert found == {"eval_samples": 2, "eval_scored": 0}
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    letter_only = "\nAnswer with the option's letter from the given choices directly."
+    assert [(row["question_id"], row["prompt"]) for row in rows] == [
+        ("4", "<image>\nWhich?\nA. red\nB. blue" + letter_only),
+        ("5", "Which?" + letter_only),
+    ]
+    assert rows[0]["model_id"] == finished_run.name
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_every_name_of_the_other_trainers_has_a_counterpart_or_a_reason():
 
 def test_what_names_are_mapped_to_exists():
     source = "".join(
-        (ROOT / f"llava_jax/{name}.py").read_text() for name in ("train", "generate", "evaluate")
+        (ROOT / f"llava_jax/{name}.py").read_text() for name in ("train", "generate", "evaluate", "score")
     )
     known = settings().keys() | {f"--{flag}" for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)}
     mapped = {own for names in TABLE.values() for counterpart in names.values() for own in counterpart.ours}

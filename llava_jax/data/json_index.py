@@ -59,6 +59,12 @@ class JsonIndex:
         except (ValueError, RecursionError) as error:
             self._raise_unreadable(begin + len(data) - len(data.lstrip(_SPACE)), error)
 
+    def line(self, index: int) -> int:
+        """The line, counted from 1, on which a value begins."""
+        begin, end = int(self._begins[index]), int(self._ends[index])
+        data = self._read(begin, end)
+        return self._line_and_column(begin + len(data) - len(data.lstrip(_SPACE)))[0]
+
     @functools.cached_property
     def digest(self) -> str:
         """Hex SHA-256 of the file."""
