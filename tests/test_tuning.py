@@ -162,8 +162,8 @@ def test_rates_and_decays_are_each_modules_own_and_of_lora_plus():
     ("settings", "message"),
     [
         (
-            {"language_model": "freeze"},
-            r"tune\.language_model='freeze' is not one of .*Did you mean 'frozen'",
+            {"language_model": "frozn"},
+            r"tune\.language_model='frozn' is not one of .*Did you mean 'frozen'",
         ),
         ({"language_model": "False"}, r"tune\.language_model=False should be a word: 'frozen' in its place"),
         ({"vision_tower": True}, r"tune\.vision_tower=True should be a word: 'full'"),

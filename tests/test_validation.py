@@ -78,7 +78,7 @@ def test_each_interval_and_the_last_step_are_due_once():
         ({"metric_for_best_model": "eval_seen_loss"}, "nothing asks; set train.load_best_model_at_end"),
         ({"metric_for_best_model": "loss"}, "is not eval_loss, eval_perplexity or eval_token_accuracy"),
         ({"profile_steps": "3:3"}, "train.profile_steps='3:3' is no slice of steps"),
-        ({"report_to": "mlflow"}, "train.report_to='mlflow' is not one of"),
+        ({"report_to": "paper"}, "train.report_to='paper' is not one of"),
     ],
 )
 def test_settings_that_would_reach_nothing_are_refused(tiny_recipe, changes, message):
