@@ -11,8 +11,10 @@ import pytest
 
 from llava_jax.config import (
     ATTENTIONS,
+    CLIP,
     OPTIMIZERS,
     SCHEDULES,
+    SIGLIP,
     TUNE_MODES,
     Config,
     ConfigError,
@@ -66,6 +68,7 @@ CHOICES = {
     "data.template": TEMPLATES,
     "data.image_aspect_ratio": ("pad", "square", "anyres"),
     "model.select_feature": ("patch", "cls_patch"),
+    "model.vision.model_type": (CLIP, SIGLIP),
     "model.projector_type": ("linear", "identity", "mlp2x_gelu"),
     "tune.vision_tower": TUNE_MODES,
     "lora.target": ("all",),
@@ -98,7 +101,8 @@ def test_what_values_are_mapped_to_is_one_of_ours_and_what_is_mapped_is_not():
         ("data.template", "llama", "`llama` is `v1` here"),
         ("data.template", "pretrain", "`pretrain` is `plain` here"),
         ("data.template", "mistral", "`mistral` is `mistral_instruct` here"),
-        ("data.template", "qwen2_instruct", "`qwen2_instruct` has no counterpart here"),
+        ("data.template", "qwen3", "`qwen3` has no counterpart here"),
+        ("model.vision.model_type", "siglip", "`siglip` is `siglip_vision_model` here."),
         ("stages.finetune.data.template", "llama3", "`llama3` is `llama_3` here."),
         ("optimizer.name", "adamw_torch", "`adamw_torch` is `adamw` here."),
         ("optimizer.name", "paged_adamw_8bit", "`paged_adamw_8bit` is `adamw_8bit` here"),
