@@ -110,9 +110,9 @@ def _base_of(adapter: Adapter, vision_tower, open_base: Callable[..., ModelSourc
     return open_base(base, vision_tower=vision_tower)
 
 
-def _component(path, layouts: tuple[str, ...], noun: str) -> ModelSource:
+def _component(path, accepted: tuple[str, ...], noun: str) -> ModelSource:
     source = open_model(path)
-    if source.layout not in layouts:
+    if source.layout not in accepted:
         raise ConversionError(
             f"{path} should be a {noun} of its own, but it is a model of layout {source.layout}."
         )
