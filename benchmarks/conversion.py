@@ -84,7 +84,7 @@ def make_checkpoint(model: ModelConfig, directory: Path) -> None:
     leaves = {row.leaf: tensors.leaf(row.leaf, row.shape) for row in model_rows(model)}
     aside = {
         row.leaf: tensors.draw(row.leaf, row.shape)
-        for row in idle_vision_rows(model.vision, model.num_vision_layers_run)
+        for row in idle_vision_rows(model.vision, model.num_vision_layers_run, head=False)
     }
     for name in VOCABULARY:
         aside[name] = tensors.draw(name, (EXTRA_TOKENS, model.text.hidden_size))

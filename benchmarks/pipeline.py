@@ -19,11 +19,12 @@ from absl import flags
 from PIL import Image, ImageDraw
 
 from llava_jax.commands import run_command
-from llava_jax.config import ModelConfig
+from llava_jax.config import ModelConfig, VisionConfig
 from llava_jax.data.image_processor import ImageProcessor
-from llava_jax.data.images import IMAGE_MEAN, IMAGE_STD, PAD_COLOR
+from llava_jax.data.images import pad_color
 
-IMAGE_SIZE = 336
+TOWER = VisionConfig()
+IMAGE_SIZE = TOWER.image_size
 PHOTOGRAPH = (640, 480)
 BATCH_SIZE = 16
 NUM_IMAGES = 64  # per pass
@@ -51,7 +52,7 @@ class Photographs:
     def __getitem__(self, index: int):
         image = Image.open(self.paths[index]).convert("RGB")
         side = max(image.size)
-        square = Image.new("RGB", (side, side), PAD_COLOR)
+        square = Image.new("RGB", (side, side), pad_color(TOWER))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return self.processor.preprocess(square, return_tensors="pt")["pixel_values"][0]
 
@@ -168,7 +169,7 @@ def require_same_pixels(photographs: Photographs) -> None:
     """Raises AssertionError unless ours, normalised as the original does it, equal the original's bit for bit."""
     for index, path in enumerate(photographs.paths):
         scaled = (EXACT.read(path)[0] * (1 / 255)).astype(np.float32)
-        ours = (scaled - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+        ours = (scaled - np.array(TOWER.image_mean, np.float32)) / np.array(TOWER.image_std, np.float32)
         assert np.array_equal(ours.transpose(2, 0, 1), photographs[index].numpy()), path
 
 

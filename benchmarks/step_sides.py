@@ -100,11 +100,10 @@ def peer_batch(workload: Workload, step: int) -> dict:
     """A step's batch as LLaVA's collator pads it, to its longest row, images already normalised."""
     import torch
 
-    from llava_jax.data.images import IMAGE_MEAN, IMAGE_STD
-
+    vision = workload.model.vision
     batch = workload.batch(step, workload.longest)
     tokens = np.where(batch["tokens"] < 0, workload.image_token, batch["tokens"])
-    pixels = (batch["images"][:, 0] / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
+    pixels = (batch["images"][:, 0] / 255 - np.array(vision.image_mean)) / np.array(vision.image_std)
     return {
         "input_ids": torch.tensor(tokens, dtype=torch.long),
         "attention_mask": torch.tensor(batch["segment_ids"] > 0, dtype=torch.long),

@@ -17,8 +17,8 @@ from benchmarks.training_step import GIB, WARM_UP, Case, draw_samples, rated, re
 from llava_jax.config import ModelConfig
 from llava_jax.convert.model_configs import SpecialTokens, write_llava_hf_config
 from llava_jax.convert.names import canonical, model_rows
-from llava_jax.models.clip import normalize
 from llava_jax.models.llava import IMAGE_TOKEN
+from llava_jax.models.vit import normalize
 from llava_jax.step import abstract_model, random_parameters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ def _copy_parameters(model: torch.nn.Module, config: ModelConfig, seed: int) -> 
 def batch_of(samples: dict[str, np.ndarray], config: ModelConfig) -> dict[str, torch.Tensor]:
     """Samples (see `draw_samples`) as its arguments: a row for each, their pixels already normalised."""
     tokens = np.where(samples["tokens"] == IMAGE_TOKEN, config.text.vocab_size - 1, samples["tokens"])
-    pixels = np.asarray(normalize(samples["images"])).transpose(0, 3, 1, 2)
+    pixels = np.asarray(normalize(samples["images"], config.vision)).transpose(0, 3, 1, 2)
     batch = {"input_ids": tokens.astype(np.int64), "pixel_values": pixels}
     if "labels" in samples:
         batch["labels"] = samples["labels"].astype(np.int64)

@@ -30,9 +30,19 @@ def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     raise ConfigError(f"{key}={value!r} is not one of {', '.join(map(repr, choices))}. {hint}".rstrip())
 
 
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"  # the kinds of towers, as HF calls them
+# How they were trained to see pixels in [0, 1]: preprocessor_config.json of openai/clip-vit-large-patch14-336 and of
+# google/siglip-so400m-patch14-384.
+_IMAGE_MEAN = {CLIP: (0.48145466, 0.4578275, 0.40821073), SIGLIP: (0.5, 0.5, 0.5)}
+_IMAGE_STD = {CLIP: (0.26862954, 0.26130258, 0.27577711), SIGLIP: (0.5, 0.5, 0.5)}
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """CLIP's vision transformer, with the names of HF's `CLIPVisionConfig`. Defaults: ViT-L/14 at 336 px."""
+    """A vision transformer, with the names of HF's `CLIPVisionConfig` and `SiglipVisionConfig`.
+
+    Defaults: CLIP's ViT-L/14 at 336 px.
+    """
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -40,21 +50,26 @@ class VisionConfig:
     num_attention_heads: int = 16
     image_size: int = 336
     patch_size: int = 14
-    hidden_act: str = "quick_gelu"
+    hidden_act: str = "quick_gelu"  # gelu, gelu_pytorch_tanh
     layer_norm_eps: float = 1e-5
+    model_type: str = CLIP  # or SIGLIP
 
     def __post_init__(self):
-        _positive(
-            "vision", self, *(field.name for field in dataclasses.fields(self) if field.name != "hidden_act")
-        )
-        one_of("vision.hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
+        numbers = (field.name for field in dataclasses.fields(self) if field.type in (int, float))
+        _positive("vision", self, *numbers)
+        one_of("vision.model_type", self.model_type, (CLIP, SIGLIP))
+        one_of("vision.hidden_act", self.hidden_act, ("quick_gelu", "gelu", "gelu_pytorch_tanh"))
         require(
             self.hidden_size % self.num_attention_heads == 0,
             f"vision.hidden_size={self.hidden_size} is not a multiple of "
             f"vision.num_attention_heads={self.num_attention_heads}.",
         )
         require(
-            self.image_size % self.patch_size == 0,
+            self.image_size >= self.patch_size,
+            f"vision.image_size={self.image_size} holds no patch of vision.patch_size={self.patch_size}.",
+        )
+        require(
+            self.model_type == SIGLIP or self.image_size % self.patch_size == 0,
             f"vision.image_size={self.image_size} is not a multiple of vision.patch_size={self.patch_size}.",
         )
 
@@ -64,7 +79,21 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
+        """Whole patches; SigLIP leaves out the pixels beyond the last one (384 px hold 27 x 27 of 14)."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_positions(self) -> int:
+        """The length of a hidden state: the patches, and CLIP's class token before them."""
+        return self.num_patches + (self.model_type == CLIP)
+
+    @property
+    def image_mean(self) -> tuple[float, float, float]:
+        return _IMAGE_MEAN[self.model_type]
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        return _IMAGE_STD[self.model_type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +144,14 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The whole network: which CLIP features are read and how they reach the decoder."""
+    """The whole network: which of the tower's features are read and how they reach the decoder."""
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     projector_type: str = "mlp2x_gelu"  # linear, identity, mlp{N}x_gelu
-    select_layer: int = -2  # index into CLIP's hidden states; 0 is the embeddings
-    select_feature: str = "patch"  # cls_patch keeps the class token
+    select_layer: int = -2  # index into the tower's hidden states; 0 is the embeddings
+    # "patch" leaves out the first feature, CLIP's class token; SigLIP, without one, loses a patch to it. cls_patch: all.
+    select_feature: str = "patch"
     # Only for data.image_aspect_ratio="anyres": the sizes (width, height) that an image may be tiled to,
     # and how the features of its tiles are laid out.
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
@@ -137,8 +167,12 @@ class ModelConfig:
         states = self.vision.num_hidden_layers + 1
         require(
             -states <= self.select_layer < states,
-            f"model.select_layer={self.select_layer} is outside CLIP's {states} hidden states "
+            f"model.select_layer={self.select_layer} is outside the tower's {states} hidden states "
             f"({-states}..{states - 1}).",
+        )
+        require(
+            self.num_image_tokens > 0,
+            f"model.select_feature={self.select_feature!r} leaves nothing of the tower's one feature; use 'cls_patch'.",
         )
         require(
             self.projector_type != "identity" or self.vision.hidden_size == self.text.hidden_size,
@@ -170,13 +204,13 @@ class ModelConfig:
 
     @property
     def num_vision_layers_run(self) -> int:
-        """How many CLIP layers lie below the hidden state that is read (23 of 24 for layer -2)."""
+        """How many of the tower's layers lie below the hidden state that is read (23 of 24 for layer -2)."""
         return self.select_layer % (self.vision.num_hidden_layers + 1)
 
     @property
     def num_image_tokens(self) -> int:
         """Placeholders per image in the token sequence (576 for 336 px in patches of 14)."""
-        return self.vision.num_patches + (self.select_feature == "cls_patch")
+        return self.vision.num_positions - (self.select_feature == "patch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +218,7 @@ class InitConfig:
     """Where the weights and the tokenizer come from. What no directory provides is drawn from `seed`."""
 
     model: str = ""  # a whole model: our directory, a run directory, llava-hf or original LLaVA
-    vision_tower: str = ""  # a CLIP directory
+    vision_tower: str = ""  # a CLIP or SigLIP directory
     language_model: str = ""  # a Llama, Vicuna, ... directory
     projector: str = ""  # mm_projector.bin / .safetensors, or a directory or run that holds a projector
     adapters: str = (
@@ -323,7 +357,7 @@ class TuneConfig:
     """How each module trains. What does not train gets no gradient, no moments and no place in checkpoints.
 
     Layers are a slice as Python writes it: "20:" from layer 20 on, ":2" the first two, "-4:" the last four; of
-    CLIP only the layers that are run count. Modules are names with commas between, such as "lm_head,norm".
+    the tower only the layers that are run count. Modules are names with commas between, such as "lm_head,norm".
     """
 
     vision_tower: str = "frozen"  # frozen, full, partial (what the settings below name), lora

@@ -77,7 +77,7 @@ def _trained_share(tune: TuneConfig, module: str, num_layers: int) -> float:
 
 def _tower(vision: VisionConfig, num_layers: int, tune: TuneConfig) -> float:
     """FLOPs for one image; of the pixels no gradient is taken."""
-    C, P = vision.hidden_size, vision.num_patches + 1  # and the class token
+    C, P = vision.hidden_size, vision.num_positions
     layer = P * 2 * (4 * C * C + 2 * C * vision.intermediate_size)
     pairs = P * P * 4 * C
     patches = vision.num_patches * 2 * 3 * vision.patch_size**2 * C

@@ -49,7 +49,14 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "adapter_name_or_path": _is("init.adapters"),
         "tokenizer_name_or_path": _is("init.tokenizer"),
         "mm_vision_select_layer": _is("model.select_layer", note="-2 unless set, not -1"),
-        "mm_vision_select_feature": _is("model.select_feature"),
+        "vision_feature_layer": _is("model.select_layer"),
+        "mm_vision_select_feature": _is(
+            "model.select_feature",
+            note="patch costs a SigLIP tower its first patch, here as in TinyLLaVA Factory",
+        ),
+        "vision_feature_select_strategy": _is(
+            "model.select_feature", note="default is patch here, full is cls_patch"
+        ),
         "mm_projector_type": _is("model.projector_type", note="mlp2x_gelu unless set, not linear"),
         "connector_type": _is("model.projector_type"),
         "mm_patch_merge_type": _is("model.patch_merge_type"),
@@ -440,7 +447,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
     },
 }
 
-_V1_WORDS = "its words are v1's, its answers end in another token; no template here is that"
+_V1_WORDS = "v1 with another end, for a decoder that does not run here"
 _OTHER_DECODER = "for decoders that do not run here"
 _OWN_TEMPLATE = "no template here writes its turns"
 _BFLOAT16 = "float16 would need loss scaling; bfloat16 has as many bits"
@@ -460,8 +467,6 @@ VALUES: dict[tuple[str, ...], dict[str, Counterpart]] = {
         "pretrain": _is("plain"),
         "phi": _none(f"TinyLLaVA's: {_V1_WORDS}; LLaMA-Factory's: {_OTHER_DECODER}"),
         "gemma": _none(f"TinyLLaVA's: {_V1_WORDS}; LLaMA-Factory's: {_OTHER_DECODER}"),
-        "qwen2_base": _none(f"{_V1_WORDS}; qwen_2 is Qwen2's own ChatML"),
-        "qwen2_instruct": _none(f"{_V1_WORDS}; qwen_2 is Qwen2's own ChatML"),
         "llava_next": _is("v1", note="with data.image_aspect_ratio='anyres'"),
         "llava_next_llama3": _is("llama_3"),
         "llava_next_mistral": _is("mistral_instruct", note="LLaVA-1.6's, with a space before [/INST]"),
@@ -497,6 +502,15 @@ VALUES: dict[tuple[str, ...], dict[str, Counterpart]] = {
     ("model.select_feature",): {
         "default": _is("patch"),
         "full": _is("cls_patch"),
+    },
+    ("model.vision.model_type",): {
+        "clip": _is("clip_vision_model"),
+        "siglip": _is("siglip_vision_model"),
+        "siglip2_vision_model": _none(
+            "SigLIP 2 of many resolutions is not built; of one resolution it is siglip_vision_model"
+        ),
+        "dinov2": _none("towers are CLIP's and SigLIP's"),
+        "mof": _none("there is one tower, CLIP's or SigLIP's"),
     },
     ("model.projector_type",): {
         "mlp": _is("mlp2x_gelu"),

@@ -5,7 +5,7 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-from llava_jax.config import Config, InitConfig, ModelConfig
+from llava_jax.config import CLIP, SIGLIP, Config, InitConfig, ModelConfig
 from llava_jax.metrics import write_atomically
 from llava_jax.optimizer import described
 from llava_jax.recipe import Recipe
@@ -47,8 +47,9 @@ def write_model_card(workdir: Path, recipe: Recipe, summaries: dict[str, dict]) 
 
 
 def _architecture(model: ModelConfig) -> str:
+    tower = {CLIP: "CLIP", SIGLIP: "SigLIP"}[model.vision.model_type]
     return (
-        f"CLIP vision tower ({model.vision.num_hidden_layers} layers, {model.vision.image_size} px in patches of "
+        f"{tower} vision tower ({model.vision.num_hidden_layers} layers, {model.vision.image_size} px in patches of "
         f"{model.vision.patch_size}), projector `{model.projector_type}`, decoder of {model.text.num_hidden_layers} "
         f"layers and width {model.text.hidden_size}."
     )

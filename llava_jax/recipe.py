@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from llava_jax.config import Config, TextConfig, one_of, require
+from llava_jax.config import SIGLIP, Config, TextConfig, VisionConfig, one_of, require
 from llava_jax.config_values import build
 from llava_jax.errors import UserError
 from llava_jax.tuning import check
@@ -123,6 +123,21 @@ def tinyllama() -> ConfigDict:
             num_key_value_heads=4,
             head_dim=64,
             max_position_embeddings=2048,
+        )
+    )
+
+
+def siglip_so400m() -> ConfigDict:
+    """The `model.vision` section of SigLIP's so400m at 384 px: 27 x 27 patches of 14."""
+    return to_config_dict(
+        VisionConfig(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            image_size=384,
+            hidden_act="gelu_pytorch_tanh",
+            layer_norm_eps=1e-6,
+            model_type=SIGLIP,
         )
     )
 

@@ -66,7 +66,7 @@ TABLE = (
     (r"multi_modal_projector\.linear_\d*[13579]\.bias", ("tensor",)),
     (r"multi_modal_projector\.linear_\d*[02468]\.bias", (None,)),
     (r"vision_tower\.(patch_embedding\.kernel|position_embedding)", (None, "fsdp")),
-    (r"vision_tower\.class_embedding", (None,)),
+    (r"vision_tower\.(class_embedding|patch_embedding\.bias)", (None,)),
     (r"language_model\.image_newline", (None,)),
     (r".*\.layers\..*norm\d?\.(scale|bias)", (None, None)),
     (r"(language_model\.norm|vision_tower\.pre_layrnorm)\.(scale|bias)", (None,)),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from llava_jax.config import (
+    CLIP,
     Config,
     ConfigError,
     ModelConfig,
@@ -178,6 +179,11 @@ def check(config: Config) -> None:
     for module in PREFIXES:
         chosen_layers(module, config)
     _check_blocks(config)
+    for name in split_names(config.tune.vision_tower_modules):
+        require(
+            config.model.vision.model_type == CLIP or name not in ("class_embedding", "pre_layrnorm"),
+            f"tune.vision_tower_modules names {name}, which SigLIP does not have; drop it.",
+        )
     names = split_names(config.tune.language_model_modules)
     require(
         "lm_head" not in names or not config.model.text.tie_word_embeddings,

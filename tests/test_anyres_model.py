@@ -37,8 +37,8 @@ from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.generation import continue_prompts, expand_prompt, left_pad, open_generator
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llava
-from llava_jax.models.clip import normalize
 from llava_jax.models.llava import IMAGE_TOKEN, insert_image_features
+from llava_jax.models.vit import normalize
 from llava_jax.optimizer import is_decayed, make_optimizer
 from llava_jax.sharding import make_mesh, parameter_sharding
 from llava_jax.step import TrainState, abstract_model, bind, make_train_step, random_parameters
@@ -271,7 +271,7 @@ def test_the_exported_image_processor_makes_the_tiles_of_training(source, pictur
     theirs = AutoImageProcessor.from_pretrained(tmp_path)
     ours = ImageProcessor(source.config, aspect_ratio="anyres")
     for path in pictures:
-        expected = np.asarray(normalize(jnp.asarray(ours.read(path))))
+        expected = np.asarray(normalize(jnp.asarray(ours.read(path)), ours.model.vision))
         with Image.open(path) as image:
             found = theirs(image, return_tensors="np")["pixel_values"][0].transpose(0, 2, 3, 1)
         assert found.shape == expected.shape

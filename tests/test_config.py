@@ -115,7 +115,7 @@ def test_unknown_keys_answer_with_the_nearest_name(section, key, hint):
         ({"init.model": "a", "init.vision_tower": "b"}, "set one or the other"),
         ({"model.projector_type": "mlpx_gelu"}, "projector_type='mlpx_gelu' is not one of"),
         ({"model.projector_type": "identity"}, "needs equal widths"),
-        ({"model.select_layer": -26}, "outside CLIP's 25 hidden states"),
+        ({"model.select_layer": -26}, "outside the tower's 25 hidden states"),
         ({"model.text.num_key_value_heads": 5}, "num_attention_heads=32 is not a multiple"),
         ({"model.vision.patch_size": 15}, "image_size=336 is not a multiple"),
     ],

@@ -289,7 +289,7 @@ def test_the_first_question_of_an_inst_template_cannot_be_empty(tokenizer):
         tokenize(turns("", "No"), TEMPLATES["mistral_instruct"], tokenizer, num_images=0)
 
 
-@pytest.mark.parametrize("name", ["llama_3", "qwen_2"])
+@pytest.mark.parametrize("name", ["llama_3", "qwen_2", "qwen2_base", "qwen2_instruct"])
 def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused(tokenizer, name):
     with pytest.raises(
         ConfigError, match=r"tokenizer\.model has no special token '<\|.*choose the data\.template"
@@ -297,6 +297,24 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused(tokenizer, name)
         tokenize(turns("cat", "No"), TEMPLATES[name], tokenizer, num_images=0)
     with pytest.raises(ConfigError, match="has no special token"):
         render_prompt("cat", TEMPLATES[name], tokenizer, num_images=0)
+
+
+@pytest.mark.parametrize(("name", "end"), [("qwen2_base", "<|endoftext|>"), ("qwen2_instruct", "<|im_end|>")])
+def test_tinyllava_writes_v1_with_an_end_of_its_decoder(path, name, end):
+    """tinyllava/data/template/qwen2_base_template.py and qwen2_instruct_template.py."""
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. "
+    )
+    texts = ("<image>\nWhat is this?", "A cat", "dog", "No")
+    assert written(name, *texts, num_images=1) == (
+        f"{system}USER: <image>\nWhat is this? ASSISTANT: A cat{end}USER: dog ASSISTANT: No{end}"
+    )
+    tokenizer = load_tokenizer(str(path), extra_tokens=[end])
+    encoded = tokenize(turns(*texts), get_template(name), tokenizer, num_images=1)
+    learnt = tokenizer.decode(encoded.labels[encoded.labels != IGNORE], skip_special_tokens=False)
+    assert learnt == f"A cat{end} No{end}"
+    assert get_template(name).end_ids(tokenizer) == (2, tokenizer.special_id(end))
 
 
 def test_answers_end_at_the_templates_token_too(path):

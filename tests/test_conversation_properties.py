@@ -23,7 +23,14 @@ from llava_jax.data.templates import TEMPLATES
 from llava_jax.data.tokenizer_model import SentencePieceTokenizer
 from tests.tiny_tokenizer import write_tiny_tokenizer
 
-MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+MARKS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|endoftext|>",
+)
 SYSTEM = "the mat:"
 CHATS = sorted(set(TEMPLATES) - {"plain", "v0_plain"})
 # Users and assistants have letters of their own, so that a learnt token shows whose word it is. The templates

@@ -403,7 +403,7 @@ def test_parts_make_a_model_that_starts_stage_one(llava_hf, tmp_path):
     whole = complete(parts, seed=1)
     write_model(tmp_path / "ours", whole)
     assert_same_leaves(open_model(tmp_path / "ours"), whole)
-    with pytest.raises(ConversionError, match=r"should be a CLIP tower of its own.*llama"):
+    with pytest.raises(ConversionError, match=r"should be a CLIP or SigLIP tower of its own.*llama"):
         open_parts(ModelConfig(), vision_tower=tmp_path / "llm")
 
 

@@ -11,6 +11,7 @@ from transformers import (
     LlavaConfig,
     MistralConfig,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from llava_jax.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
@@ -144,8 +145,8 @@ def test_a_tinyllava_config_is_read():
         text=TextConfig(99, 24, 28, 2, 4, 2, 6, 2048, 1e-6),
         select_feature="cls_patch",
     )
-    with pytest.raises(ConversionError, match="siglip_vision_model"):
-        read_tinyllava_config(fields, SIZES, {"model_type": "siglip_vision_model"}, "config.json")
+    with pytest.raises(ConversionError, match="dinov2"):
+        read_tinyllava_config(fields, SIZES, {"model_type": "dinov2"}, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -196,9 +197,13 @@ def test_defaults_are_those_of_transformers():
     assert (
         read_text_config({"model_type": "mistral"}, "config.json").max_position_embeddings == 4096
     )  # window
-    theirs = CLIPVisionConfig()
-    for key, value in dataclasses.asdict(read_vision_config({}, "config.json")).items():
-        assert value == getattr(theirs, key)
+    for theirs, fields in (
+        (CLIPVisionConfig(), {}),
+        (SiglipVisionConfig(), {"model_type": "siglip_vision_model"}),
+        (SiglipVisionConfig(), {"model_type": "siglip", "vision_config": {}}),
+    ):
+        for key, value in dataclasses.asdict(read_vision_config(fields, "config.json")).items():
+            assert value == getattr(theirs, key)
     old = {"model_type": "clip", "vision_config": {}, "vision_config_dict": VISION}
     assert read_vision_config(old | {"vision_config": {"vision_config_dict": VISION}}, "x") == VisionConfig(
         **VISION
@@ -216,7 +221,7 @@ def test_defaults_are_those_of_transformers():
         ({"text_config": {"mlp_bias": True}}, "mlp_bias"),
         ({"text_config": {"rope_scaling": {"type": "yarn", "factor": 2.0}}}, "rope_type='yarn'"),
         ({"text_config": {"rope_scaling": {"type": "linear", "beta_fast": 2.0}}}, "beta_fast"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "siglip_vision_model"),
+        ({"vision_config": {"model_type": "dinov2"}}, "only CLIP and SigLIP towers"),
         ({"vision_config": {"hidden_size": 15, "num_attention_heads": 2}}, "hidden_size=15"),
         ({"vision_feature_layer": -99}, "select_layer=-99"),
     ],

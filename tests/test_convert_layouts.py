@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, Qwen2ForCausalLM
 
-from llava_jax.config import ModelConfig
+from llava_jax.config import ModelConfig, VisionConfig
 from llava_jax.convert.adapters import open_adapter
 from llava_jax.convert.description import describe
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.logits import compare_logits, drawn_picture, run_prompt
 from llava_jax.convert.opening import open_model, open_parts, open_projector, read_model
 from llava_jax.convert.ours import write_model
-from llava_jax.models.clip import normalize
+from llava_jax.models.vit import normalize
 from tests.tiny_models import (
     DECODERS,
     SIZES,
@@ -55,7 +55,7 @@ def expected(llava_hf) -> np.ndarray:
 def logits_of(model: LlavaForConditionalGeneration) -> np.ndarray:
     """transformers' logits of the prompt, float32[T, 90]."""
     ids = np.insert(np.where(PROMPT == -200, 90, PROMPT), [2] * 15, 90)
-    pixels = np.array(normalize(drawn_picture(28, 28)[None]))
+    pixels = np.array(normalize(drawn_picture(28, 28)[None], VisionConfig()))
     with torch.no_grad():
         logits = model(
             input_ids=torch.tensor(ids)[None].long(), pixel_values=torch.tensor(pixels).permute(0, 3, 1, 2)

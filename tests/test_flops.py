@@ -1,10 +1,13 @@
 """The FLOPs formula against a count by hand and against XLA's."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from llava_jax.config import (
+    SIGLIP,
     Config,
     DataConfig,
     LoraConfig,
@@ -77,6 +80,16 @@ def test_flops_equal_a_count_by_hand(tune, expected):
     flops = training_flops(SMALL, tune, WORK)
     assert tuple(flops.values()) == expected
     assert list(flops) == ["vision_tower", "projector", "decoder", "head"]
+
+
+def test_a_siglip_tower_has_no_class_token():
+    vision = dataclasses.replace(SMALL.vision, image_size=9, model_type=SIGLIP)  # the ninth pixel is left out
+    model = dataclasses.replace(SMALL, vision=vision, select_feature="cls_patch")
+    tower = 3 * (2 * (4 * 2 * (4 * 6 * 6 + 2 * 6 * 10) + 4 * 4 * 4 * 6) + 4 * 2 * 48 * 6)
+    flops = training_flops(model, TuneConfig(), WORK)
+    assert (flops["vision_tower"], flops["projector"]) == (tower, 2 * FIRST + 3 * SECOND)
+    without_first = training_flops(dataclasses.replace(model, select_feature="patch"), TuneConfig(), WORK)
+    assert without_first["projector"] == (2 * FIRST + 3 * SECOND) * 3 / 4
 
 
 def test_a_sample_of_four_tokens_has_ten_pairs():

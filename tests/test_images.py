@@ -9,14 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_jax.config import ModelConfig, VisionConfig
+from llava_jax.config import CLIP, SIGLIP, ModelConfig, VisionConfig
 from llava_jax.data import images
 from llava_jax.data.image_processor import ImageProcessor
-from llava_jax.data.images import PAD_COLOR, limited_size, load_image, preprocess, read_size
+from llava_jax.data.images import limited_size, load_image, preprocess, read_size
 from llava_jax.errors import DataError
 
 MEAN = (122, 116, 104)
 RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def tower(image_size, model_type=CLIP):
+    return VisionConfig(image_size=image_size, patch_size=1, model_type=model_type)
 
 
 def picture(rows):
@@ -138,28 +142,50 @@ def test_enormous_images_are_refused_before_they_are_decoded(tmp_path):
 
 def test_pad_centres_a_wide_image_on_the_mean_colour():
     # 5 x 2 pixels leave three rows: one above and two below.
-    result = preprocess(picture([[RED] * 5, [BLUE] * 5]), 5, "pad")
+    result = preprocess(picture([[RED] * 5, [BLUE] * 5]), tower(5), "pad")
     assert result.dtype == np.uint8
     assert result.tolist() == [[list(color)] * 5 for color in (MEAN, RED, BLUE, MEAN, MEAN)]
 
 
 def test_pad_centres_a_tall_image():
-    result = preprocess(picture([[RED]] * 4), 4, "pad")
+    result = preprocess(picture([[RED]] * 4), tower(4), "pad")
     assert result.tolist() == [[list(color) for color in (MEAN, RED, MEAN, MEAN)]] * 4
 
 
 def test_square_cuts_the_longer_side_at_both_ends():
     pixels = noise(7, 4)
-    assert np.array_equal(preprocess(Image.fromarray(pixels), 4, "square"), pixels[:, 1:5])
+    assert np.array_equal(preprocess(Image.fromarray(pixels), tower(4), "square"), pixels[:, 1:5])
     assert np.array_equal(
-        preprocess(Image.fromarray(pixels.swapaxes(0, 1)), 4, "square"), pixels.swapaxes(0, 1)[1:5]
+        preprocess(Image.fromarray(pixels.swapaxes(0, 1)), tower(4), "square"), pixels.swapaxes(0, 1)[1:5]
     )
 
 
+@pytest.mark.parametrize("model_type", [CLIP, SIGLIP])
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (640, 480), (101, 300)])
-def test_every_size_becomes_the_square_that_was_asked_for(aspect_ratio, size):
-    assert preprocess(Image.new("RGB", size), 28, aspect_ratio).shape == (28, 28, 3)
+def test_every_size_becomes_the_square_that_was_asked_for(model_type, aspect_ratio, size):
+    assert preprocess(Image.new("RGB", size), tower(28, model_type), aspect_ratio).shape == (28, 28, 3)
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+@pytest.mark.parametrize("size", [(97, 61), (40, 90), (56, 56), (300, 41)])
+def test_pixels_equal_the_siglip_processor_of_transformers(aspect_ratio, size):
+    """As TinyLLaVA Factory has it: "pad" expands to a square in the processor's mean colour, then the processor runs."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    processor = SiglipImageProcessorPil(size={"height": 56, "width": 56})
+    image = given = Image.fromarray(noise(*size))
+    if aspect_ratio == "pad":
+        given = Image.new("RGB", (max(size), max(size)), (127, 127, 127))
+        given.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+    ours = preprocess(image, tower(56, SIGLIP), aspect_ratio)
+    levels = processor(given, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(ours, levels.transpose(1, 2, 0))
+    normal = processor(given, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    vision = VisionConfig(model_type=SIGLIP)
+    scaled = (ours * (1 / 255)).astype(np.float32)
+    expected = (scaled - np.array(vision.image_mean, np.float32)) / np.array(vision.image_std, np.float32)
+    np.testing.assert_array_equal(normal, expected)
 
 
 def test_pixels_equal_the_clip_processor_of_transformers():
@@ -174,14 +200,14 @@ def test_pixels_equal_the_clip_processor_of_transformers():
     for width, height in ((97, 61), (40, 90), (56, 56)):
         image = Image.fromarray(noise(width, height))
         expected = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
-        assert np.array_equal(preprocess(image, 56, "square"), expected)
+        assert np.array_equal(preprocess(image, tower(56), "square"), expected)
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
 def test_images_that_would_grow_out_of_memory_are_refused(monkeypatch, aspect_ratio):
     monkeypatch.setattr(images, "MAX_WORK_PIXELS", 10_000)
     with pytest.raises(DataError, match="200 x 1 pixels are too long and thin"):
-        preprocess(Image.new("RGB", (200, 1)), 28, aspect_ratio)
+        preprocess(Image.new("RGB", (200, 1)), tower(28), aspect_ratio)
 
 
 def sides():
@@ -191,14 +217,21 @@ def sides():
 
 
 @settings(max_examples=150, deadline=None)
-@given(sides(), sides(), st.sampled_from([28, 56, 224, 336]), st.integers(0, 2**32 - 1))
-def test_padding_equals_resizing_the_whole_square_with_pil(width, height, image_size, seed):
+@given(
+    sides(),
+    sides(),
+    st.sampled_from([28, 56, 224, 336, 384]),
+    st.sampled_from([(CLIP, MEAN), (SIGLIP, (127, 127, 127))]),
+    st.integers(0, 2**32 - 1),
+)
+def test_padding_equals_resizing_the_whole_square_with_pil(width, height, image_size, kind, seed):
+    model_type, color = kind
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     image, side = Image.fromarray(pixels), max(width, height)
-    square = Image.new("RGB", (side, side), PAD_COLOR)
+    square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     expected = square.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    assert np.array_equal(preprocess(image, image_size, "pad"), np.asarray(expected))
+    assert np.array_equal(preprocess(image, tower(image_size, model_type), "pad"), np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (640, 427), (1024, 200), (96, 672)])
@@ -211,7 +244,7 @@ def test_of_common_photographs_padding_is_left_out(size, monkeypatch):
         return resize(image, size, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", spy)
-    preprocess(Image.new("RGB", size), 336, "pad")
+    preprocess(Image.new("RGB", size), tower(336), "pad")
     assert min(resized[-1]) < 336
 
 
@@ -245,8 +278,8 @@ def test_images_are_limited_before_anything_else(tmp_path):
     expected = Image.open(path).resize((40, 25), Image.Resampling.BICUBIC)
     for is_frame, limit in ((False, "max_pixels"), (True, "video_max_pixels")):
         pixels = ImageProcessor(MODEL, **{limit: 1000}).read(str(path), is_frame=is_frame)
-        assert np.array_equal(pixels, preprocess(expected, 28, "pad")[None])
-    unlimited = preprocess(Image.open(path), 28, "pad")[None]
+        assert np.array_equal(pixels, preprocess(expected, tower(28), "pad")[None])
+    unlimited = preprocess(Image.open(path), tower(28), "pad")[None]
     assert np.array_equal(ImageProcessor(MODEL, video_max_pixels=1000).read(str(path)), unlimited)
     frame = ImageProcessor(MODEL, max_pixels=1000, min_pixels=500).read(str(path), is_frame=True)
     assert np.array_equal(frame, unlimited)
@@ -303,6 +336,11 @@ def test_problems_of_pixels_name_the_file(monkeypatch, tmp_path):
         {"fast_decode": True},
         {"model": ModelConfig(vision=VisionConfig(image_size=56))},
         {"model": ModelConfig(vision=VisionConfig(image_size=28), select_feature="cls_patch")},
+        {
+            "model": ModelConfig(
+                vision=VisionConfig(image_size=28, model_type=SIGLIP), select_feature="cls_patch"
+            )
+        },
     ],
     ids=str,
 )

@@ -1,5 +1,7 @@
 """The network against Hugging Face's: logits, loss and gradients of tiny random models in float32."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +15,19 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llava_jax.config import ModelConfig, RopeScaling, TextConfig, VisionConfig
+from llava_jax.config import CLIP, SIGLIP, ModelConfig, RopeScaling, TextConfig, VisionConfig
 from llava_jax.convert.opening import open_model
 from llava_jax.data import conversation
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llama as decoder
 from llava_jax.models import llava
-from llava_jax.models.clip import normalize
 from llava_jax.models.linear import Embed, Linear
 from llava_jax.models.llava import IMAGE_TOKEN, insert_image_features
+from llava_jax.models.vit import normalize
 from llava_jax.step import abstract_model, bind, random_parameters
 
 HF_IMAGE_TOKEN = 90  # the first id above our vocabulary
@@ -32,10 +35,10 @@ TOLERANCE = 1e-5
 
 
 def make_hf_model(
-    text, *, image_size=28, patch_size=14, select="default", layer=-2, heads=4
+    text, *, tower=CLIPVisionConfig, image_size=28, patch_size=14, select="default", layer=-2, heads=4
 ) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(
+    vision = tower(
         hidden_size=24,
         intermediate_size=40,
         num_hidden_layers=3,
@@ -71,6 +74,21 @@ def llama(**changes) -> LlamaConfig:
     return LlamaConfig(**(values | changes))
 
 
+def qwen2() -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+
+
+# Of 31 pixels 2 x 2 patches of 14 take 28.
+siglip = partial(make_hf_model, tower=SiglipVisionConfig, image_size=31)
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -88,21 +106,14 @@ MODELS = {
         llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0})
     ),
     "llama3_rope": lambda: make_hf_model(llama(rope_parameters=LLAMA3)),
-    "qwen2": lambda: make_hf_model(
-        Qwen2Config(
-            vocab_size=128,
-            hidden_size=32,
-            intermediate_size=52,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-    ),
+    "qwen2": lambda: make_hf_model(qwen2()),
     "cls_patch_last_layer": lambda: make_hf_model(llama(), select="full", layer=-1),
     "lower_layer": lambda: make_hf_model(llama(), layer=1),
     "clip_224": lambda: make_hf_model(llama(), image_size=224, patch_size=14),
     "clip_336": lambda: make_hf_model(llama(), image_size=336, patch_size=14),
+    "siglip_qwen2_all_patches_last_layer": lambda: siglip(qwen2(), select="full", layer=-1),
+    "siglip_qwen2_without_first_patch": lambda: siglip(qwen2()),
+    "siglip_384": lambda: siglip(llama(), image_size=384, select="full"),
 }
 
 
@@ -186,7 +197,7 @@ def test_logits_loss_and_gradients_equal_hugging_face(name, left, tmp_path):
     assert relative_error(np.asarray(logits)[real], expected_logits.detach().numpy()[real]) < TOLERANCE
     assert abs(float(loss) / expected_loss.item() - 1) < TOLERANCE
     expected_grads = {leaf: expected_grads.read(leaf) for leaf in parameters}
-    # CLIP's k_proj.bias cannot change a softmax: its gradient is rounding noise, small beside all others.
+    # The tower's k_proj.bias cannot change a softmax: its gradient is rounding noise, small beside all others.
     noise = 1e-6 * max(np.abs(grad).max() for grad in expected_grads.values())
     for leaf, grad in expected_grads.items():
         assert np.abs(np.asarray(grads[leaf]) - grad).max() < max(TOLERANCE * np.abs(grad).max(), noise), leaf
@@ -204,12 +215,20 @@ def test_the_placeholder_of_the_model_is_that_of_the_data():
     assert llava.IMAGE_TOKEN == conversation.IMAGE_TOKEN
 
 
-def test_pixels_are_normalised_as_the_original_does_but_for_rounding():
+@pytest.mark.parametrize(
+    ("model_type", "mean", "std"),
+    [
+        (CLIP, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+        (SIGLIP, [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]),
+    ],
+)
+def test_pixels_are_normalised_as_the_original_does_but_for_rounding(model_type, mean, std):
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-    std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-    expected = ((levels * (1 / 255)).astype(np.float32) - mean) / std
-    np.testing.assert_allclose(normalize(jnp.asarray(levels)), expected, rtol=0, atol=5e-7)
+    expected = ((levels * (1 / 255)).astype(np.float32) - np.array(mean, np.float32)) / np.array(
+        std, np.float32
+    )
+    found = normalize(jnp.asarray(levels), VisionConfig(model_type=model_type))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-7)
 
 
 def test_hidden_state_0_runs_no_layer():
@@ -291,9 +310,11 @@ def sums_over_tokens(jaxpr):
             yield from sums_over_tokens(inner)
 
 
-def test_no_parameter_of_a_bfloat16_network_has_a_gradient_summed_in_bfloat16():
+@pytest.mark.parametrize(("model_type", "num_positions"), [(CLIP, 5), (SIGLIP, 4)])
+def test_no_parameter_of_a_bfloat16_network_has_a_gradient_summed_in_bfloat16(model_type, num_positions):
     config = ModelConfig(
-        vision=VisionConfig(24, 40, 3, 2, image_size=28),
+        vision=VisionConfig(24, 40, 3, 2, image_size=28, model_type=model_type),
+        select_feature="patch" if model_type == CLIP else "cls_patch",
         text=TextConfig(90, 32, 52, 2, 4, 2, 8, attention_bias="qkvo"),
         patch_merge_type="spatial_unpad",
     )
@@ -310,5 +331,5 @@ def test_no_parameter_of_a_bfloat16_network_has_a_gradient_summed_in_bfloat16():
     assert [found for found in sums if found[1] == jnp.bfloat16] == [of_features]
     float32 = {(name, shape) for name, dtype, shape in sums if dtype == jnp.float32}
     biases_newline_embeddings = {("reduce_sum", (32,)), ("reduce_sum", (24,)), ("scatter-add", (90, 32))}
-    positions = {("reduce_sum", (5, 24))}
+    positions = {("reduce_sum", (num_positions, 24))}
     assert float32 >= biases_newline_embeddings | positions

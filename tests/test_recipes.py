@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from llava_jax import trainer
-from llava_jax.config import Config, ConfigError, MeshConfig
+from llava_jax.config import SIGLIP, Config, ConfigError, MeshConfig, VisionConfig
 from llava_jax.convert.opening import open_model
 from llava_jax.planning.memory import arguments
 from llava_jax.program import Program
@@ -82,6 +82,19 @@ def test_the_tinyllava_recipes_hold_the_published_values():
     assert [c.data.group_by_modality_length for c in (first, second)] == [False, True]
 
 
+def test_the_tinyllava_recipes_have_siglip_too():
+    """scripts/train/train_tinyllama.sh of TinyLLaVA Factory as it stands; config.json of siglip-so400m-patch14-384."""
+    clip, siglip = config_of("tinyllava_finetune"), config_of("tinyllava_finetune", "siglip")
+    assert siglip.model.vision == VisionConfig(1152, 4304, 27, 16, 384, 14, "gelu_pytorch_tanh", 1e-6, SIGLIP)
+    assert (siglip.model.num_image_tokens, siglip.model.num_vision_layers_run) == (728, 26)
+    assert siglip.init.vision_tower == "checkpoints/siglip-so400m-patch14-384"
+    assert (siglip.data, siglip.optimizer, siglip.tune) == (clip.data, clip.optimizer, clip.tune)
+    first = config_of("tinyllava_pretrain", "siglip")
+    assert (first.model, first.init.vision_tower) == (siglip.model, siglip.init.vision_tower)
+    with pytest.raises(ConfigError, match="'dino' is not one of 'clip', 'siglip'"):
+        recipe_of("tinyllava_pretrain", "dino")
+
+
 def test_the_text_recipes_hold_the_published_values():
     """examples/train_lora and examples/train_full of LLaMA-Factory."""
     names = [("pt", "lora"), ("sft", "lora"), ("sft", "full")]
@@ -111,6 +124,8 @@ GIB = 2**30
         # TinyLlama, and 1024 * 2048 + 2048 * 2048 + 4096.
         ("tinyllava_pretrain", (), 1_100_048_384, 6_295_552),
         ("tinyllava_finetune", (), 1_100_048_384, 1_106_343_936),
+        # The same behind SigLIP's width of 1152.
+        ("tinyllava_pretrain", ("siglip",), 1_100_048_384, 6_557_696),
         # Llama 3; LoRA has 8 * (in + out) for each linear layer.
         ("pt", ("lora",), 8_030_261_248, 20_971_520),
         ("pt", ("full",), 8_030_261_248, 8_030_261_248),
@@ -153,6 +168,7 @@ def parts(shapes_dataset, tmp_path_factory) -> Path:
         ("llava_v1_pretrain.py:7b", "v5e:4x4"),
         ("llava_v1_finetune.py:7b", "v5e:8x8"),
         ("tinyllava_finetune.py", "v5e:4x4"),
+        ("tinyllava_finetune.py:siglip", "v5e:4x4"),
         ("pt.py:lora", "v5e:2x4"),
         ("sft.py:full", "v5e:4x4"),
     ],

@@ -1,7 +1,7 @@
 """Converts LLaVA weights between Hugging Face, the original LLaVA and llava_jax.
 
 from-hf SRC DST                                      import a model of any layout
-from-hf --vision-tower=CLIP --language-model=LLM DST put a model together, with a new projector
+from-hf --vision-tower=TOWER --language-model=LLM DST put a model together, with a new projector
 to-hf SRC DST --layout=llava-hf|llava                export
 to-hf SRC DST --layout=llama                         export the decoder alone
 to-hf RUN DST --layout=peft|peft-llava-hf            export only what a run by LoRA trained
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
     command = commands.add_parser("from-hf", help="write a llava_jax model directory")
     command.add_argument("paths", nargs="+", metavar="[SRC] DST")
-    command.add_argument("--vision-tower", default="", metavar="DIR", help="a CLIP directory")
+    command.add_argument("--vision-tower", default="", metavar="DIR", help="a CLIP or SigLIP directory")
     command.add_argument(
         "--language-model", default="", metavar="DIR", help="a Llama-like directory, without SRC"
     )
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("source", metavar="SRC")
     command.add_argument("destination", metavar="DST")
     command.add_argument(
-        "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if SRC holds none"
+        "--vision-tower", default="", metavar="DIR", help="a CLIP or SigLIP directory, if SRC holds none"
     )
     command.add_argument(
         "--layout", choices=("llava-hf", "llava", "llama", "peft", "peft-llava-hf"), help="default: llava-hf"
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("adapter", metavar="ADAPTER", nargs="?", help="a directory with adapter_config.json")
     command.add_argument("destination", metavar="DST")
     command.add_argument(
-        "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if BASE holds none"
+        "--vision-tower", default="", metavar="DIR", help="a CLIP or SigLIP directory, if BASE holds none"
     )
     command.add_argument(
         "--layout", choices=("llava_jax", "llava-hf", "llava"), default="llava_jax", help="default: llava_jax"
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("first", metavar="A")
     command.add_argument("second", metavar="B")
     command.add_argument(
-        "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if one holds none"
+        "--vision-tower", default="", metavar="DIR", help="a CLIP or SigLIP directory, if one holds none"
     )
     command.add_argument(
         "--logits",
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("path", metavar="PATH")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument(
-        "--vision-tower", default="", metavar="DIR", help="a CLIP directory, if PATH holds none"
+        "--vision-tower", default="", metavar="DIR", help="a CLIP or SigLIP directory, if PATH holds none"
     )
     command.set_defaults(run=inspect)
 

@@ -1,6 +1,6 @@
-"""The configs of a CLIP tower and a decoder: Hugging Face's fields to ours and back."""
+"""The configs of a vision tower and a decoder: Hugging Face's fields to ours and back."""
 
-from llava_jax.config import ConfigError, RopeScaling, TextConfig, VisionConfig
+from llava_jax.config import CLIP, SIGLIP, ConfigError, RopeScaling, TextConfig, VisionConfig
 from llava_jax.convert.errors import ConversionError
 
 # What transformers fills in where a config.json is silent (5.23; the values are older than the project).
@@ -14,6 +14,9 @@ _CLIP = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+_SIGLIP = _CLIP | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_TOWERS = {CLIP: _CLIP, SIGLIP: _SIGLIP}
+_WITH_TEXT = {"clip": CLIP, "siglip": SIGLIP}  # a whole model's model_type -> that of its vision half
 _LLAMA = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -58,20 +61,22 @@ def build(cls, where: str, **values):
 
 
 def read_vision_config(fields: dict, where: str) -> VisionConfig:
-    """CLIP's fields (of a CLIPVisionModel, a CLIPModel, or LLaVA's `vision_config`) -> VisionConfig."""
+    """A tower's fields (of a CLIPModel or a SiglipModel, its vision half, or LLaVA's `vision_config`) -> VisionConfig."""
+    whole = fields.get("model_type")
     if "vision_config" in fields:
         # Old CLIP configs hold the true values in a second dictionary.
         fields = fields["vision_config"] | (fields.get("vision_config_dict") or {})
-    kind = fields.get("model_type", "clip_vision_model")
-    if kind not in ("clip_vision_model", "clip"):
-        refuse(where, "vision model_type", kind, "only CLIP towers are built")
+    kind = fields.get("model_type", _WITH_TEXT.get(whole, CLIP))
+    kind = _WITH_TEXT.get(kind, kind)
+    if kind not in _TOWERS:
+        refuse(where, "vision model_type", kind, "only CLIP and SigLIP towers are built")
     if fields.get("num_channels", 3) != 3:
         refuse(where, "num_channels", fields["num_channels"], "images have 3 channels")
-    values = {key: fields.get(key, default) for key, default in _CLIP.items()}
+    values = {key: fields.get(key, default) for key, default in _TOWERS[kind].items()}
     for key in ("image_size", "patch_size"):
         if not isinstance(values[key], int):
             refuse(where, key, values[key], "only square images and patches are built")
-    return build(VisionConfig, where, **values)
+    return build(VisionConfig, where, model_type=kind, **values)
 
 
 def read_text_config(fields: dict, where: str, model_type: str | None = None) -> TextConfig:
@@ -163,7 +168,8 @@ def write_text_config(config: TextConfig) -> dict:
     }
 
 
-def write_vision_config(config: VisionConfig) -> dict:
-    """VisionConfig -> the fields of a CLIPVisionModel."""
+def write_vision_config(config: VisionConfig, *, head: bool = False) -> dict:
+    """VisionConfig -> the fields of a CLIPVisionModel or a SiglipVisionModel, this one with a pooling head or without."""
+    own = {CLIP: {"projection_dim": 768}, SIGLIP: {"vision_use_head": head}}[config.model_type]
     values = {key: getattr(config, key) for key in _CLIP}
-    return {"model_type": "clip_vision_model", "num_channels": 3, "projection_dim": 768, **values}
+    return {"model_type": config.model_type, "num_channels": 3, **own, **values}

@@ -25,7 +25,16 @@ from llava_jax.convert.model_configs import (
     write_llava_config,
     write_llava_hf_config,
 )
-from llava_jax.convert.names import PATCHES, VOCABULARY, Row, idle_vision_rows, model_rows, spell, text_rows
+from llava_jax.convert.names import (
+    PATCHES,
+    VOCABULARY,
+    Row,
+    has_head,
+    idle_vision_rows,
+    model_rows,
+    spell,
+    text_rows,
+)
 from llava_jax.convert.new_directory import new_directory
 from llava_jax.convert.progress import Progress, silent
 from llava_jax.convert.shard_writer import ShardWriter
@@ -56,10 +65,11 @@ def write_hf(
 
     "llava-hf" gets the names of the published files, which all versions of transformers read. Its vocabulary
     grows by `<image>` and `<pad>` to a multiple of 64; the token rows above ours are those set aside at
-    import, else the mean of ours. "llava" keeps our vocabulary and holds the CLIP tower. CLIP's layers and
+    import, else the mean of ours. "llava" keeps our vocabulary and holds the tower. The tower's layers and
     norm that are never run come from `set_aside`; without it they are written as identities: layers whose
-    projections and biases are zero, norms of scale one. "llama" is the decoder alone, as a LlamaForCausalLM or, with
-    Qwen2's biases, a Qwen2ForCausalLM, whose tokenizer_config.json has the chat template.
+    projections and biases are zero, norms of scale one. A pooling head is written if one was set aside. "llama" is
+    the decoder alone, as a LlamaForCausalLM or, with Qwen2's biases, a Qwen2ForCausalLM, whose tokenizer_config.json
+    has the chat template.
 
     Raises ConversionError if the layout cannot express the model or `directory` exists and is not empty.
     """
@@ -73,7 +83,9 @@ def write_hf(
         if layout == "llava-hf":
             tokens, image_in_prompt = write_tokenizer(partial, tokenizer_path, model)
             vocabulary = _padded_vocabulary(model.text.vocab_size, tokens, set_aside)
-            fields = write_llava_hf_config(model, tokens, dtype=named_dtype, vocab_size=vocabulary)
+            fields = write_llava_hf_config(
+                model, tokens, dtype=named_dtype, vocab_size=vocabulary, vision_head=has_head(set_aside)
+            )
             write_processor(
                 partial,
                 model,
@@ -139,7 +151,9 @@ def _checked(row: Row, array: Leaf | np.ndarray) -> Leaf:
 def _write_tensors(
     directory: Path, layout, model, rows, leaves, set_aside, vocabulary, dtype, max_shard_size, progress
 ) -> None:
-    idle_rows = [] if layout == "llama" else idle_vision_rows(model.vision, model.num_vision_layers_run)
+    idle_rows = []
+    if layout != "llama":
+        idle_rows = idle_vision_rows(model.vision, model.num_vision_layers_run, head=has_head(set_aside))
     names = {
         name: spell(name, layout, model.projector_type) for row in [*rows, *idle_rows] for name in row.tensors
     }
@@ -153,7 +167,7 @@ def _write_tensors(
                 parts = _with_more_rows(parts, shape[0], _cast(more, stored.name, name), vocabulary)
                 shape = (vocabulary, shape[1])
             writer.add(names[name], shape, stored, parts)
-        if row.leaf == "vision_tower.class_embedding":
+        if row.leaf == "vision_tower.position_embedding":
             vision_dtype = leaf.dtype
     for row in idle_rows:
         tensor = set_aside.get(row.leaf)

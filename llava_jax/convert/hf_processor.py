@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llava_jax.config import ModelConfig
+from llava_jax.config import SIGLIP, ModelConfig
 from llava_jax.convert.chat_template import chat_template
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.json_files import read_json
@@ -17,9 +17,6 @@ from llava_jax.data.templates import TEMPLATES, Template
 from llava_jax.data.tokenizer import Tokenizer
 
 IMAGE, PAD = "<image>", "<pad>"
-
-_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def write_tokenizer(directory: Path, tokenizer_path: str, model: ModelConfig) -> tuple[SpecialTokens, str]:
@@ -171,7 +168,7 @@ def write_processor(
     processor = {
         "processor_class": kind,
         "image_token": IMAGE,
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": model.vision.num_positions - model.vision.num_patches,
         "patch_size": model.vision.patch_size,
         "vision_feature_select_strategy": "default" if model.select_feature == "patch" else "full",
     }
@@ -200,8 +197,8 @@ def _image_processor(model: ModelConfig, image_aspect_ratio: str) -> dict:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": _MEAN,
-        "image_std": _STD,
+        "image_mean": list(model.vision.image_mean),
+        "image_std": list(model.vision.image_std),
     }
     if model.image_grid_pinpoints:
         grid = [[height, width] for width, height in model.image_grid_pinpoints]
@@ -209,6 +206,9 @@ def _image_processor(model: ModelConfig, image_aspect_ratio: str) -> dict:
         return settings | tiles | {"do_pad": True}
     if image_aspect_ratio == "pad":
         return settings | {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    if model.vision.model_type == SIGLIP:
+        whole = {"image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
+        return settings | whole | {"do_center_crop": False, "crop_size": None}
     return settings
 
 

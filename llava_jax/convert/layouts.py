@@ -1,10 +1,10 @@
-"""What each foreign layout is made of: whole models, CLIP towers, decoders, projectors, component directories."""
+"""What each foreign layout is made of: whole models, vision towers, decoders, projectors, component directories."""
 
 import dataclasses
 import re
 from pathlib import Path
 
-from llava_jax.config import VisionConfig
+from llava_jax.config import SIGLIP, VisionConfig
 from llava_jax.convert.component_configs import read_text_config, read_vision_config, refuse
 from llava_jax.convert.download import fetch
 from llava_jax.convert.errors import ConversionError
@@ -18,8 +18,11 @@ from llava_jax.convert.model_configs import (
 )
 from llava_jax.convert.names import (
     PROJECTOR,
+    TOWERS,
     VISION,
+    Row,
     canonical,
+    has_head,
     idle_vision_rows,
     model_rows,
     projector_rows,
@@ -52,8 +55,10 @@ def read_layout(path: Path, vision_tower="") -> Reading:
     layout = detect_layout(files, fields)
     if layout == "llava":
         return _llava(path, files, fields, vision_tower)
-    whole = {"llava-hf": _llava_hf, "tinyllava": _tinyllava, "clip": read_clip, "llama": _llama}
-    return whole[layout](path, files, fields) if layout in whole else read_projector(path, files)
+    if layout == "projector":
+        return read_projector(path, files)
+    read = {"llava-hf": _llava_hf, "tinyllava": _tinyllava, "clip": read_tower, "siglip": read_tower}
+    return read.get(layout, _llama)(path, files, fields)
 
 
 def detect_layout(files: TensorFiles, fields: dict) -> str:
@@ -63,10 +68,12 @@ def detect_layout(files: TensorFiles, fields: dict) -> str:
     if not decoder:
         if any(canonical(name, "projector") for name in names):
             return "projector"
+        if any(name.endswith("embeddings.patch_embedding.bias") for name in names):
+            return "siglip"
         if any(name.endswith("embeddings.patch_embedding.weight") for name in names):
             return "clip"
         raise ConversionError(
-            f"{files.path} holds no decoder, no CLIP tower and no projector under names that are known "
+            f"{files.path} holds no decoder, no CLIP or SigLIP tower and no projector under names that are known "
             f"(it begins with {', '.join(names[:3]) or 'no tensor at all'})."
         )
     if any("_vision_tower." in name or "_connector." in name for name in names):
@@ -84,14 +91,16 @@ def _llava_hf(path: Path, files: TensorFiles, fields: dict) -> Reading:
     model, file_vocabulary = read_llava_hf_config(
         fields, where(path, fields), read_json(generation) if generation.exists() else {}
     )
+    matching = Matching(files, "llava-hf")
     part = Part(
-        Matching(files, "llava-hf"),
+        matching,
         model_rows(model),
-        idle_vision_rows(model.vision, model.num_vision_layers_run),
+        _idle_rows(matching, model.vision, model.num_vision_layers_run),
         tied=model.text.tie_word_embeddings,
         file_vocabulary=file_vocabulary,
     )
-    default = "anyres" if model.image_grid_pinpoints else "pad"
+    default = "square" if model.vision.model_type == SIGLIP else "pad"
+    default = "anyres" if model.image_grid_pinpoints else default
     return whole("llava-hf", path, fields, model, (part,), default_aspect_ratio=default)
 
 
@@ -109,13 +118,13 @@ def _llava(path: Path, files: TensorFiles, fields: dict, vision_tower) -> Readin
     model = read_llava_config(fields, vision, where(path, fields))
     rows, tied = model_rows(model), model.text.tie_word_embeddings
     if holds_tower:
-        idle_rows = idle_vision_rows(vision, model.num_vision_layers_run)
+        idle_rows = _idle_rows(matching, vision, model.num_vision_layers_run)
         parts = (Part(matching, rows, idle_rows, tied=tied),)
     else:
         parts = (Part(matching, [row for row in rows if not row.leaf.startswith(VISION)], tied=tied),)
     if not holds_tower and tower is not None:
-        clip = read_clip(tower, TensorFiles(tower), config_fields(tower), model.num_vision_layers_run)
-        parts = (*clip.parts, *parts)
+        alone = read_tower(tower, TensorFiles(tower), config_fields(tower), model.num_vision_layers_run)
+        parts = (*alone.parts, *parts)
     reading = whole("llava", path, fields, model, parts, default_aspect_ratio="square")
     return dataclasses.replace(reading, lacks=lacks)
 
@@ -126,10 +135,11 @@ def _tinyllava(path: Path, files: TensorFiles, fields: dict) -> Reading:
     if missing:
         raise ConversionError(f"{where(path, fields)} has no {' and no '.join(missing)}; fetch it again.")
     model = read_tinyllava_config(fields, fields["text_config"], fields["vision_config"], where(path, fields))
+    matching = Matching(files, "tinyllava")
     part = Part(
-        Matching(files, "tinyllava"),
+        matching,
         model_rows(model),
-        idle_vision_rows(model.vision, model.num_vision_layers_run),
+        _idle_rows(matching, model.vision, model.num_vision_layers_run),
         tied=model.text.tie_word_embeddings,
     )
     return whole("tinyllava", path, fields, model, (part,), default_aspect_ratio="square")
@@ -142,9 +152,9 @@ def _components(path: Path) -> Reading:
     text = config_fields(decoder) or fields.get("text_config") or {}
     vision = config_fields(tower) or fields.get("vision_config") or {}
     model = read_tinyllava_config(fields, text, vision, where(path, fields))
-    clip = read_clip(tower, TensorFiles(tower), vision, model.num_vision_layers_run)
+    alone = read_tower(tower, TensorFiles(tower), vision, model.num_vision_layers_run)
     parts = [
-        *clip.parts,
+        *alone.parts,
         Part(
             Matching(TensorFiles(decoder), "llama"),
             text_rows(model.text),
@@ -157,12 +167,20 @@ def _components(path: Path) -> Reading:
     return whole("components", path, fields, model, tuple(parts), default_aspect_ratio="square")
 
 
-def read_clip(path: Path, files: TensorFiles, fields: dict, num_layers: int | None = None) -> Reading:
-    """A CLIPModel or CLIPVisionModel, of which the first `num_layers` layers (default: all) become leaves."""
+def read_tower(path: Path, files: TensorFiles, fields: dict, num_layers: int | None = None) -> Reading:
+    """A CLIPModel, a SiglipModel or the vision half of one; its first `num_layers` layers (default: all) become leaves."""
     config = read_vision_config(fields, where(path, fields))
     num_layers = config.num_hidden_layers if num_layers is None else num_layers
-    rows, idle_rows = vision_rows(config, num_layers), idle_vision_rows(config, num_layers)
-    return Reading("clip", config, (Part(Matching(files, "clip"), rows, idle_rows),))
+    layout = TOWERS[config.model_type]
+    matching = Matching(files, layout)
+    rows, idle_rows = vision_rows(config, num_layers), _idle_rows(matching, config, num_layers)
+    return Reading(layout, config, (Part(matching, rows, idle_rows),))
+
+
+def _idle_rows(matching: Matching, config: VisionConfig, num_layers: int) -> list[Row]:
+    """The rows of a tower's tensors above its first `num_layers` layers, with SigLIP's head where the files hold one."""
+    head = config.model_type == SIGLIP and has_head(matching.names())
+    return idle_vision_rows(config, num_layers, head=head)
 
 
 def _llama(path: Path, files: TensorFiles, fields: dict) -> Reading:

@@ -14,7 +14,15 @@ from llava_jax.convert import layouts
 from llava_jax.convert.adapters import Adapter, LowRank
 from llava_jax.convert.errors import ConversionError, listing
 from llava_jax.convert.model_configs import read_llava_config
-from llava_jax.convert.names import TRANSPOSE, VISION, VOCABULARY, Row, idle_vision_rows, model_rows
+from llava_jax.convert.names import (
+    TRANSPOSE,
+    VISION,
+    VOCABULARY,
+    Row,
+    has_head,
+    idle_vision_rows,
+    model_rows,
+)
 from llava_jax.convert.source import Leaf, ModelSource
 from llava_jax.convert.tensors import TensorFiles
 from llava_jax.convert.tokenizer_files import find_tokenizer
@@ -35,7 +43,7 @@ def merge(base: ModelSource, adapter: Adapter, *, vision_tower="") -> ModelSourc
         )
     model = base.config
     rows = model_rows(model)
-    idle_rows = idle_vision_rows(model.vision, model.num_vision_layers_run)
+    idle_rows = idle_vision_rows(model.vision, model.num_vision_layers_run, head=has_head(base.idle))
     _check_fit(base, adapter, [*rows, *idle_rows])
     leaves = {row.leaf: _merged(base.leaves.get(row.leaf), row, adapter) for row in rows}
     idle = base.idle | {
@@ -53,7 +61,7 @@ def merge(base: ModelSource, adapter: Adapter, *, vision_tower="") -> ModelSourc
 
 
 def describe_changes(adapter: Adapter) -> list[str]:
-    """One line per module that the adapter changes, and a warning where that is CLIP.
+    """One line per module that the adapter changes, and a note where that is the tower.
 
     Counted are arrays as our models have them, of which one stacks the tensors of all layers.
     """
@@ -63,7 +71,7 @@ def describe_changes(adapter: Adapter) -> list[str]:
         for module in sorted(low_rank | replaced)
     ]
     if low_rank[VISION.rstrip(".")]:
-        # PEFT takes target modules by the end of their names, and CLIP's q_proj, k_proj and v_proj are named alike.
+        # PEFT takes target modules by the end of their names, and the tower's q_proj, k_proj and v_proj are named alike.
         lines.append("note: the adapter reaches into the vision tower, which is merged as well")
     return lines
 
@@ -79,15 +87,15 @@ def _llava_around(decoder: ModelSource, adapter: Adapter, vision_tower) -> Model
     where = layouts.where(adapter.path, fields)
     tower = layouts.tower_directory(adapter.path, fields, vision_tower)
     tower = tower or layouts.fetched_tower(adapter.path, fields)
-    clip_fields = layouts.config_fields(tower)
-    vision = layouts.read_clip(tower, TensorFiles(tower), clip_fields).config
+    tower_fields = layouts.config_fields(tower)
+    vision = layouts.read_tower(tower, TensorFiles(tower), tower_fields).config
     model = dataclasses.replace(read_llava_config(fields, vision, where), text=decoder.config)
-    clip = layouts.read_clip(tower, TensorFiles(tower), clip_fields, model.num_vision_layers_run).source()
+    alone = layouts.read_tower(tower, TensorFiles(tower), tower_fields, model.num_vision_layers_run).source()
     settings = layouts.whole("llava", adapter.path, fields, model, (), default_aspect_ratio="square").source()
     return dataclasses.replace(
         settings,
-        leaves=decoder.leaves | clip.leaves,
-        idle=clip.idle,
+        leaves=decoder.leaves | alone.leaves,
+        idle=alone.idle,
         tokenizer_path=decoder.tokenizer_path,
     )
 

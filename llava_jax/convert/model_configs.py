@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 
-from llava_jax.config import ModelConfig, TextConfig, VisionConfig
+from llava_jax.config import CLIP, ModelConfig, TextConfig, VisionConfig
 from llava_jax.convert.component_configs import (
     build,
     read_text_config,
@@ -109,10 +109,12 @@ def _read_grid(grid, where: str) -> tuple[tuple[int, int], ...]:
         refuse(where, "image_grid_pinpoints", grid, "it is a list of pairs (width, height)")
 
 
-def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str, vocab_size: int) -> dict:
+def write_llava_hf_config(
+    model: ModelConfig, tokens: SpecialTokens, *, dtype: str, vocab_size: int, vision_head: bool = False
+) -> dict:
     """The config.json of a LlavaForConditionalGeneration, for a model with tiles of a LlavaNext one.
 
-    Their files hold `vocab_size` token rows.
+    Their files hold `vocab_size` token rows and, with `vision_head`, SigLIP's pooling head.
     """
     if model.projector_type != "mlp2x_gelu":
         raise ConversionError(
@@ -148,7 +150,7 @@ def write_llava_hf_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: s
             "pad_token_id": tokens.pad,
             "torch_dtype": dtype,
         },
-        "vision_config": write_vision_config(model.vision),
+        "vision_config": write_vision_config(model.vision, head=vision_head),
         **(
             _write_extra_tokens(model) if model.extra_tokens else {}
         ),  # transformers ignores them; we read them
@@ -165,6 +167,10 @@ def _write_llava_next(model: ModelConfig) -> dict:
             "In the llava-hf layout tiles are laid out with patch_merge_type='spatial_unpad' and a list of sizes, "
             f"but the model has image_grid_pinpoints={model.image_grid_pinpoints} and patch_merge_type="
             f"{model.patch_merge_type!r}; choose the layout llava."
+        )
+    if model.vision.model_type != CLIP:
+        raise ConversionError(
+            "Neither transformers nor the original LLaVA lays out tiles of a SigLIP tower; export models without tiles."
         )
     if model.select_feature != "patch":
         raise ConversionError(
@@ -187,6 +193,11 @@ def read_llava_config(fields: dict, vision: VisionConfig, where: str) -> ModelCo
         )
     if fields.get("s2"):
         refuse(where, "s2", True, "features are read at one scale")
+    if vision.model_type != CLIP:
+        tower = fields.get("mm_vision_tower")
+        refuse(
+            where, "mm_vision_tower", tower, "the original reads CLIP, and what forks read of SigLIP differs"
+        )
     return build(
         ModelConfig,
         where,
@@ -228,6 +239,10 @@ def write_llava_config(model: ModelConfig, tokens: SpecialTokens, *, dtype: str)
         raise ConversionError(
             "The original LLaVA has no decoder with biases in its attention (Qwen2); choose the layout llava-hf, "
             "or peft-llava-hf for an adapter."
+        )
+    if model.vision.model_type != CLIP:
+        raise ConversionError(
+            "The original LLaVA has no SigLIP tower; choose the layout llava-hf, or peft-llava-hf for an adapter."
         )
     tower = next((name for name, config in PUBLISHED_TOWERS.items() if config == model.vision), "")
     return {

@@ -8,26 +8,35 @@ then Hugging Face's own words); the rows of this table tie canonical tensors to 
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
-from llava_jax.config import ModelConfig, TextConfig, VisionConfig
+from llava_jax.config import CLIP, SIGLIP, ModelConfig, TextConfig, VisionConfig
 
 COPY, TRANSPOSE, PATCHES = "copy", "transpose", "patches"
 
 VISION, PROJECTOR, TEXT = "vision_tower.", "multi_modal_projector.", "language_model."
 EMBEDDING, HEAD = TEXT + "embed_tokens.weight", TEXT + "lm_head.weight"
 VOCABULARY = (EMBEDDING, HEAD)  # the tensors with one row per token
+TOWERS = {CLIP: "clip", SIGLIP: "siglip"}  # the layout of a tower of its own, by its kind
 
 # Our leaf, Hugging Face's tensor ("{}" is a layer; such a leaf stacks all layers on axis 0), how the one
 # becomes the other, and our sizes without the layer axis.
-# C vision width, F its MLP, S its positions, X one patch's pixels.
-_VISION = (
+# C vision width, F its MLP, S its positions, X one patch's pixels, A its query, key and value heads side by side.
+_CLIP_BEGIN = (
     ("class_embedding", "embeddings.class_embedding", COPY, "C"),
     ("patch_embedding.kernel", "embeddings.patch_embedding.weight", PATCHES, "XC"),
     ("position_embedding", "embeddings.position_embedding.weight", COPY, "SC"),
     ("pre_layrnorm.scale", "pre_layrnorm.weight", COPY, "C"),
     ("pre_layrnorm.bias", "pre_layrnorm.bias", COPY, "C"),
+)
+_SIGLIP_BEGIN = (
+    ("patch_embedding.kernel", "embeddings.patch_embedding.weight", PATCHES, "XC"),
+    ("patch_embedding.bias", "embeddings.patch_embedding.bias", COPY, "C"),
+    ("position_embedding", "embeddings.position_embedding.weight", COPY, "SC"),
+)
+_VISION_LAYERS = (
     ("layers.layer_norm1.scale", "encoder.layers.{}.layer_norm1.weight", COPY, "C"),
     ("layers.layer_norm1.bias", "encoder.layers.{}.layer_norm1.bias", COPY, "C"),
     ("layers.self_attn.q_proj.kernel", "encoder.layers.{}.self_attn.q_proj.weight", TRANSPOSE, "CC"),
@@ -49,6 +58,19 @@ _VISION = (
 _VISION_END = (
     ("post_layernorm.scale", "post_layernorm.weight", COPY, "C"),
     ("post_layernorm.bias", "post_layernorm.bias", COPY, "C"),
+)
+_SIGLIP_HEAD = (
+    ("head.probe", "head.probe", COPY, "11C"),
+    ("head.attention.in_proj_weight", "head.attention.in_proj_weight", COPY, "AC"),
+    ("head.attention.in_proj_bias", "head.attention.in_proj_bias", COPY, "A"),
+    ("head.attention.out_proj.kernel", "head.attention.out_proj.weight", TRANSPOSE, "CC"),
+    ("head.attention.out_proj.bias", "head.attention.out_proj.bias", COPY, "C"),
+    ("head.layernorm.scale", "head.layernorm.weight", COPY, "C"),
+    ("head.layernorm.bias", "head.layernorm.bias", COPY, "C"),
+    ("head.mlp.fc1.kernel", "head.mlp.fc1.weight", TRANSPOSE, "CF"),
+    ("head.mlp.fc1.bias", "head.mlp.fc1.bias", COPY, "F"),
+    ("head.mlp.fc2.kernel", "head.mlp.fc2.weight", TRANSPOSE, "FC"),
+    ("head.mlp.fc2.bias", "head.mlp.fc2.bias", COPY, "C"),
 )
 # D decoder width, F its MLP, V vocabulary, Q and K all query and all key/value heads side by side.
 _TEXT = (
@@ -121,24 +143,36 @@ def _vision_sizes(config: VisionConfig) -> dict[str, int]:
     return {
         "C": config.hidden_size,
         "F": config.intermediate_size,
-        "S": config.num_patches + 1,
+        "S": config.num_positions,
         "X": config.patch_size**2 * 3,
+        "A": 3 * config.hidden_size,
+        "1": 1,
     }
 
 
 def vision_rows(config: VisionConfig, num_layers: int) -> list[Row]:
-    """The rows of CLIP's first `num_layers` layers and all before them."""
-    return _rows(VISION, _VISION, _vision_sizes(config), num_layers)
+    """The rows of a tower's first `num_layers` layers and all before them."""
+    begin = {CLIP: _CLIP_BEGIN, SIGLIP: _SIGLIP_BEGIN}[config.model_type]
+    return _rows(VISION, (*begin, *_VISION_LAYERS), _vision_sizes(config), num_layers)
 
 
-def idle_vision_rows(config: VisionConfig, num_layers: int) -> list[Row]:
-    """CLIP's tensors above its first `num_layers` layers, each under its canonical name and as stored."""
+def has_head(names: Iterable[str]) -> bool:
+    """Whether the pooling head, which many SigLIP towers come without, is among tensors of these canonical names."""
+    return any(name.startswith(VISION + "head.") for name in names)
+
+
+def idle_vision_rows(config: VisionConfig, num_layers: int, *, head: bool) -> list[Row]:
+    """A tower's tensors above its first `num_layers` layers, each under its canonical name and as stored.
+
+    head: with SigLIP's pooling head.
+    """
     sizes = _vision_sizes(config)
-    layer_rows = _rows(VISION, [row for row in _VISION if "{}" in row[1]], sizes, config.num_hidden_layers)
+    layer_rows = _rows(VISION, _VISION_LAYERS, sizes, config.num_hidden_layers)
     tensors = [
         (row.tensors[i], row) for i in range(num_layers, config.num_hidden_layers) for row in layer_rows
     ]
-    tensors += [(row.tensors[0], row) for row in _rows(VISION, _VISION_END, sizes, 0)]
+    end = (*_VISION_END, *_SIGLIP_HEAD) if head else _VISION_END
+    tensors += [(row.tensors[0], row) for row in _rows(VISION, end, sizes, 0)]
     return [Row(name, (name,), COPY, row.tensor_shape, False) for name, row in tensors]
 
 
@@ -203,6 +237,7 @@ _WRITTEN = {
         ("model.", TEXT),
     ),
     "clip": (("vision_model.", VISION),),
+    "siglip": (("vision_model.", VISION),),
     "llama": (("lm_head.", TEXT + "lm_head."), ("model.", TEXT)),
     "projector": ((PROJECTOR, PROJECTOR),),
     "tinyllava": (
@@ -222,6 +257,9 @@ _ALSO_READ = {
     "llava": (("model.vision_tower.vision_tower.", VISION),),
     "clip": tuple(
         (part, VISION + part) for part in ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
+    ),
+    "siglip": tuple(
+        (part, VISION + part) for part in ("embeddings.", "encoder.", "post_layernorm.", "head.")
     ),
     "llama": (),
     "projector": (),
@@ -243,14 +281,16 @@ _PROJECTOR_MODULE = {
 }
 
 _IGNORABLE = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
-_IGNORABLE_CLIP = re.compile(
-    r"^(text_model\..*|visual_projection\.weight|text_projection\.weight|logit_scale)$"
+_IGNORABLE_BESIDE_TOWER = re.compile(
+    r"^(text_model\..*|visual_projection\.weight|text_projection\.weight|logit_scale|logit_bias)$"
 )
 
 
 def is_ignorable(name: str, layout: str) -> bool:
     """Whether a tensor of this name may lie in a file without meaning anything to LLaVA."""
-    return bool(_IGNORABLE.search(name) or (layout == "clip" and _IGNORABLE_CLIP.match(name)))
+    return bool(
+        _IGNORABLE.search(name) or (layout in TOWERS.values() and _IGNORABLE_BESIDE_TOWER.match(name))
+    )
 
 
 def canonical(name: str, layout: str) -> str | None:

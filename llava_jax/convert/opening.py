@@ -11,7 +11,7 @@ from llava_jax.convert.download import fetch
 from llava_jax.convert.errors import ConversionError
 from llava_jax.convert.json_files import of_right_kinds
 from llava_jax.convert.merging import merge
-from llava_jax.convert.names import PROJECTOR
+from llava_jax.convert.names import PROJECTOR, TOWERS
 from llava_jax.convert.reading import Reading
 from llava_jax.convert.source import ModelSource
 from llava_jax.convert.tensors import TensorFiles
@@ -21,9 +21,9 @@ from llava_jax.convert.vocabulary import EMBEDDING
 def open_model(
     path, *, vision_tower="", needs_tower=True, open_base: Callable[..., ModelSource] | None = None
 ) -> ModelSource:
-    """Opens a whole model, a CLIP tower, a decoder, a LoRA adapter with its base, or a file of projector weights.
+    """Opens a whole model, a vision tower, a decoder, a LoRA adapter with its base, or a file of projector weights.
 
-    Reads headers only. `vision_tower`: a CLIP directory or repository for an original LLaVA that holds no tower and
+    Reads headers only. `vision_tower`: a tower's directory or repository for an original LLaVA that holds no tower and
     names none that is here; a published one that it names is fetched. A tower inside the checkpoint wins over it. Where
     it is not needed, the model may come without. `open_base(path, vision_tower=)` opens the base of an adapter; default:
     this function. Raises ConversionError.
@@ -75,20 +75,20 @@ def open_parts(model: ModelConfig, *, vision_tower="", language_model="") -> Mod
     configs put in. Raises ConversionError where a component is none, or where they do not fit together.
     """
     vision_tower = vision_tower and fetch(vision_tower)
-    decoder = _component(language_model, "llama", "decoder") if language_model else None
-    clip = _component(vision_tower, "clip", "CLIP tower") if vision_tower else None
-    found = {"text": decoder, "vision": clip}
+    decoder = _component(language_model, ("llama",), "decoder") if language_model else None
+    tower = _component(vision_tower, tuple(TOWERS.values()), "CLIP or SigLIP tower") if vision_tower else None
+    found = {"text": decoder, "vision": tower}
     try:
         model = dataclasses.replace(model, **{key: part.config for key, part in found.items() if part})
     except ConfigError as error:
         raise ConversionError(f"{language_model} and {vision_tower} do not fit together: {error}") from error
     leaves, idle = {}, {}
-    if clip:
+    if tower:
         path = Path(vision_tower)
-        clip = layouts.read_clip(
+        tower = layouts.read_tower(
             path, TensorFiles(path), layouts.config_fields(path), num_layers=model.num_vision_layers_run
         ).source()
-        leaves, idle = dict(clip.leaves), clip.idle
+        leaves, idle = dict(tower.leaves), tower.idle
     if decoder:
         leaves |= decoder.leaves
     return ModelSource("parts", model, leaves, idle, decoder.tokenizer_path if decoder else "")
@@ -110,9 +110,9 @@ def _base_of(adapter: Adapter, vision_tower, open_base: Callable[..., ModelSourc
     return open_base(base, vision_tower=vision_tower)
 
 
-def _component(path, layout: str, noun: str) -> ModelSource:
+def _component(path, accepted: tuple[str, ...], noun: str) -> ModelSource:
     source = open_model(path)
-    if source.layout != layout:
+    if source.layout not in accepted:
         raise ConversionError(
             f"{path} should be a {noun} of its own, but it is a model of layout {source.layout}."
         )

@@ -80,10 +80,10 @@ def extent(index: Index) -> tuple[int, ...]:
 class ModelSource:
     """A model, or a part of one, under our names.
 
-    `config` is a ModelConfig; for the layouts "clip" and "llama" a VisionConfig and a TextConfig, for
-    "projector" None. `layout` is "ours", "llava-hf", "llava", "clip", "llama", "projector" or "parts".
+    `config` is a ModelConfig; for the layouts "clip" and "siglip" a VisionConfig, for "llama" a TextConfig, for
+    "projector" None. `layout` is "ours", "llava-hf", "llava", "clip", "siglip", "llama", "projector" or "parts".
     `leaves` maps our flat names to arrays. `idle` maps canonical names to the tensors that are not run but
-    belong to the model: CLIP's layers above the one that is read, its last norm, token rows above ours.
+    belong to the model: the tower's layers above the one that is read, what follows them, token rows above ours.
     """
 
     layout: str

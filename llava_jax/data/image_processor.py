@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from llava_jax.config import ConfigError, DataConfig, ModelConfig
+from llava_jax.config import CLIP, SIGLIP, ConfigError, DataConfig, ModelConfig
 from llava_jax.data.images import (
     Size,
     limited_size,
@@ -66,10 +66,11 @@ class ImageProcessor:
                 f"data.image_aspect_ratio='anyres' tiles images to the sizes of model.image_grid_pinpoints={pinpoints}; "
                 f"give at least one, with sides that are multiples of model.vision.image_size={side}."
             )
-        if self.model.select_feature != "patch":
+        if self.model.num_image_tokens != self.model.vision.num_patches:
+            patches = {CLIP: "patch", SIGLIP: "cls_patch"}[self.model.vision.model_type]
             raise ConfigError(
-                "data.image_aspect_ratio='anyres' lays out patches, so the class token has no place; "
-                "set model.select_feature='patch'."
+                "data.image_aspect_ratio='anyres' lays out patches: CLIP's class token has no place, and of SigLIP's none "
+                f"may be left out; set model.select_feature={patches!r}."
             )
 
     @classmethod
@@ -93,6 +94,8 @@ class ImageProcessor:
         if self.aspect_ratio == "anyres":
             model["image_grid_pinpoints"] = [list(point) for point in self.model.image_grid_pinpoints]
             model["patch_merge_type"] = self.model.patch_merge_type
+        if self.model.vision.model_type != CLIP:
+            model["model_type"] = self.model.vision.model_type
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return model | {name: value for name, value in own.items() if name != "model"}
 
@@ -149,9 +152,9 @@ class ImageProcessor:
 
     def _tiles(self, image: Image.Image, size: Size, is_frame: bool) -> np.ndarray:
         """`size` is that of the whole image, of which `image` may be a smaller version."""
-        side = self.model.vision.image_size
         if self.aspect_ratio != "anyres":
-            return preprocess(image, side, self.aspect_ratio)[None]
+            return preprocess(image, self.model.vision, self.aspect_ratio)[None]
+        side = self.model.vision.image_size
         if is_frame:
             return np.asarray(resize(image, (side, side)))[None]
         resolution = self._resolution(size)

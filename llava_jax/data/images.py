@@ -7,16 +7,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from llava_jax.config import SIGLIP, VisionConfig
 from llava_jax.errors import DataError
-
-# CLIP's normalisation of pixels in [0, 1], applied on the device.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000  # of a file
 MAX_WORK_PIXELS = 200_000_000  # of what a long, thin image is padded or enlarged to
-PAD_COLOR = tuple(int(mean * 255) for mean in IMAGE_MEAN)
 
 _BICUBIC = Image.Resampling.BICUBIC
 _BICUBIC_REACH = 2  # source pixels on either side when enlarging, times the scale when shrinking
@@ -67,15 +63,25 @@ def _opened(path: str) -> Iterator[Image.Image]:
         raise DataError(f"{path}: the image cannot be decoded ({type(error).__name__}: {error}).") from error
 
 
-def preprocess(image: Image.Image, image_size: int, aspect_ratio: str) -> np.ndarray:
-    """Brings an RGB image to uint8[H, W, 3] with H = W = image_size.
+def preprocess(image: Image.Image, vision: VisionConfig, aspect_ratio: str) -> np.ndarray:
+    """Brings an RGB image to uint8[H, W, 3] with H = W = vision.image_size.
 
-    "pad" fills the image up to a square in the mean colour first; "square" enlarges or shrinks it until the
-    shorter side fits and cuts off the rest. Raises DataError for an image too long and thin for either.
+    "pad" fills the image up to a square in the tower's mean colour first; "square" does what the tower's image
+    processor does by itself: CLIP's enlarges or shrinks it until the shorter side fits and cuts off the rest, SigLIP's
+    makes both sides fit, whatever becomes of its shape. Raises DataError for an image too long and thin for either.
     """
     assert aspect_ratio in ("pad", "square"), aspect_ratio
-    to_square = _pad_to_square if aspect_ratio == "pad" else _cut_to_square
-    return np.asarray(to_square(image, image_size))
+    side = vision.image_size
+    if aspect_ratio == "pad":
+        return np.asarray(_pad_to_square(image, side, pad_color(vision)))
+    if vision.model_type == SIGLIP:
+        return np.asarray(resize(image, (side, side)))
+    return np.asarray(_cut_to_square(image, side))
+
+
+def pad_color(vision: VisionConfig) -> tuple[int, ...]:
+    """The tower's mean colour, as the original rounds it."""
+    return tuple(int(mean * 255) for mean in vision.image_mean)
 
 
 def resize(image: Image.Image, size: Size) -> Image.Image:
@@ -110,7 +116,7 @@ def _cut_to_square(image: Image.Image, image_size: int) -> Image.Image:
     return resize(image, size).crop((left, top, left + image_size, top + image_size))
 
 
-def _pad_to_square(image: Image.Image, image_size: int) -> Image.Image:
+def _pad_to_square(image: Image.Image, image_size: int, color: tuple[int, ...]) -> Image.Image:
     """Resizes the square that has the image in its middle, but computes little of the padding.
 
     PIL resizes a square along its rows, then along its columns. Done one after the other, the first skips the
@@ -122,17 +128,17 @@ def _pad_to_square(image: Image.Image, image_size: int) -> Image.Image:
     offset = (side - min(width, height)) // 2
     (begin, end), (source_begin, source_end) = _padded_span(side, image_size, offset)
     if width >= height:
-        lines = Image.new("RGB", (image_size, side), PAD_COLOR)
+        lines = Image.new("RGB", (image_size, side), color)
         lines.paste(image.resize((image_size, height), _BICUBIC), (0, offset))
         box, place = (0, source_begin, image_size, source_end), (0, begin)
         part = lines.resize((image_size, end - begin), _BICUBIC, box=box)
     else:
-        padded = Image.new("RGB", (side, side), PAD_COLOR)
+        padded = Image.new("RGB", (side, side), color)
         padded.paste(image, (offset, 0))
         box, place = (source_begin, 0, source_end, side), (begin, 0)
         part = padded.resize((end - begin, side), _BICUBIC, box=box)
         part = part.resize((end - begin, image_size), _BICUBIC)
-    square = Image.new("RGB", (image_size, image_size), PAD_COLOR)
+    square = Image.new("RGB", (image_size, image_size), color)
     square.paste(part, place)
     return square
 

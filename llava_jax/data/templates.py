@@ -88,6 +88,13 @@ _V1 = Template(
 )
 _V1_HUMAN = dataclasses.replace(_V1, system=_CHAT.format("human"))
 
+
+def _v1_ending_in(end: str) -> Template:
+    """v1 as TinyLLaVA Factory writes it for another decoder (tinyllava/data/template)."""
+    assistant = dataclasses.replace(_V1.assistant, after=end)
+    return dataclasses.replace(_V1, assistant=assistant, required_tokens=(end,), original_mask="")
+
+
 # As the original trains with it. It also learns the `###` of every turn and the assistant's name. Its own
 # inference writes "###Human: ...###Assistant:", which no training saw; ours prompts as in training.
 _V0 = Template(
@@ -174,6 +181,8 @@ TEMPLATES = {
     "chatml_direct": _CHATML,
     "mistral_direct": _CHATML,
     "llama_3": _LLAMA_3,
+    "qwen2_base": _v1_ending_in("<|endoftext|>"),
+    "qwen2_instruct": _v1_ending_in("<|im_end|>"),
     "qwen_2": _QWEN_2,
 }
 

@@ -1,7 +1,7 @@
-"""LLaVA: CLIP features, projected, take the places that the data pipeline kept for them in the token sequence.
+"""LLaVA: a vision tower's features, projected, take the places that the data pipeline kept for them in the token sequence.
 
-Letters: B rows, T tokens, M image slots per row (an image in tiles takes several), P features per slot, C CLIP's
-width, D decoder width.
+Letters: B rows, T tokens, M image slots per row (an image in tiles takes several), P features per slot, C the
+tower's width, D decoder width.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llava_jax.config import ModelConfig
+from llava_jax.config import CLIP, SIGLIP, ModelConfig
 from llava_jax.kernels.attention import attention
-from llava_jax.models.clip import CLIPVisionTower, normalize
+from llava_jax.models.clip import CLIPVisionTower
 from llava_jax.models.linear import Embed, Linear, spread
 from llava_jax.models.llama import Cache, Llama
+from llava_jax.models.siglip import SiglipVisionTower
+from llava_jax.models.vit import normalize
 
 IMAGE_TOKEN = -200  # the id of one placeholder, as in the original (llava/constants.py)
 NEWLINE = -1  # the feature id of image_newline
@@ -100,7 +102,8 @@ class LLaVA(nnx.Module):
         how = dict(
             dtype=dtype, remat=remat, unroll=unroll, attention=attention, constrain=constrain, rngs=rngs
         )
-        self.vision_tower = CLIPVisionTower(config.vision, config.num_vision_layers_run, **how)
+        tower = {CLIP: CLIPVisionTower, SIGLIP: SiglipVisionTower}[config.vision.model_type]
+        self.vision_tower = tower(config.vision, config.num_vision_layers_run, **how)
         self.multi_modal_projector = Projector(config, dtype=dtype, rngs=rngs)
         self.language_model = Llama(config.text, **how)
         if config.patch_merge_type == "spatial_unpad":
@@ -147,7 +150,7 @@ class LLaVA(nnx.Module):
 
     def encode_images(self, images: jax.Array) -> jax.Array:
         """[N, height, width, 3], uint8 or normalised float -> features for the decoder, float[N, P, D]."""
-        pixels = normalize(images) if images.dtype == jnp.uint8 else images
+        pixels = normalize(images, self.config.vision) if images.dtype == jnp.uint8 else images
         features = self.vision_tower(pixels)
         if self.config.select_feature == "patch":
             features = features[:, 1:]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_jax.config import ModelConfig, VisionConfig
 from llava_jax.data.image_processor import ImageProcessor
-from llava_jax.data.images import IMAGE_MEAN, IMAGE_STD, size_before_crop
+from llava_jax.data.images import size_before_crop
 from llava_jax.data.tiles import select_best_resolution
 from tests.golden import Skipped
 from tests.golden.files import load_json, load_npz, read_bytes
@@ -87,5 +87,6 @@ def _compare_sizes(case: dict) -> str | None:
 def _normalize(pixels: np.ndarray) -> np.ndarray:
     """uint8[N, H, W, 3] -> float32[N, 3, H, W], in the order of operations of the original."""
     scaled = (pixels * (1 / 255)).astype(np.float32)
-    normal = (scaled - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+    clip = VisionConfig()
+    normal = (scaled - np.array(clip.image_mean, np.float32)) / np.array(clip.image_std, np.float32)
     return normal.transpose(0, 3, 1, 2)

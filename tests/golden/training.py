@@ -21,6 +21,7 @@ from llava_jax.config import (
     OptimizerConfig,
     TrainConfig,
     TuneConfig,
+    VisionConfig,
 )
 from llava_jax.convert.adapter_names import parse
 from llava_jax.convert.names import model_rows
@@ -74,7 +75,7 @@ def _check_run(folder: Path, run: Path, tokenizer: Path | None) -> Iterator[tupl
         model = _with_tokens(source.config, record["hyperparameters"], extra)
         config = _config(record, model, run, folder)
         batches = list(_batches(config, record, data, load_json(run / "dataset.json")))
-        sums = np.concatenate([_pixel_sums(batch["images"]) for batch in batches])
+        sums = np.concatenate([_pixel_sums(batch["images"], config.model.vision) for batch in batches])
         worst = np.abs(sums - data["image_sums"]).max()
         yield (
             f"{run.name} images",
@@ -200,16 +201,18 @@ def _batches(config: Config, record: dict, data: dict, samples: list[dict]) -> I
             batch["segment_ids"][row, : len(tokens)] = 1
             if "image" in sample:
                 image = load_image(f"{config.data.image_folder}/{sample['image']}")
-                batch["images"][row, 0] = preprocess(image, size, config.data.image_aspect_ratio)
+                batch["images"][row, 0] = preprocess(
+                    image, config.model.vision, config.data.image_aspect_ratio
+                )
         yield {key: value.reshape(accumulation, -1, *value.shape[1:]) for key, value in batch.items()}
 
 
-def _pixel_sums(images: np.ndarray) -> np.ndarray:
+def _pixel_sums(images: np.ndarray, vision: VisionConfig) -> np.ndarray:
     """The sum of the normalised pixels of each row's image, 0 for a row without one."""
-    from llava_jax.models.clip import normalize
+    from llava_jax.models.vit import normalize
 
     rows = images.reshape(-1, *images.shape[3:])
-    sums = np.asarray(normalize(jnp.asarray(rows)), np.float64).sum(axis=(1, 2, 3))
+    sums = np.asarray(normalize(jnp.asarray(rows), vision), np.float64).sum(axis=(1, 2, 3))
     return np.where(rows.any(axis=(1, 2, 3)), sums, 0.0)
 
 
