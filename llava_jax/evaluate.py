@@ -30,6 +30,9 @@ PREDICTIONS = flags.DEFINE_string(
     "predictions", "", "Write the questions with their predictions here, as JSONL."
 )
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights and the computation.")
+QUANTIZATION = flags.DEFINE_enum(
+    "quantization", "none", ["none", "int8", "nf4"], "Keeps the decoder's kernels in 8 or 4 bits."
+)
 flags.mark_flags_as_required(["model"])
 flags.mark_flags_as_mutual_exclusive(["questions", "data", "dataset"], required=True)
 
@@ -71,7 +74,9 @@ def main() -> None:
 def _load() -> "Generator":
     from llava_jax.generation import load_generator
 
-    return load_generator(MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value)
+    return load_generator(
+        MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value, quantization=QUANTIZATION.value
+    )
 
 
 def _open_dataset() -> "Dataset":

@@ -17,6 +17,9 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 answers with the likelie
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set of this probability.", 0.0, 1.0)
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws when temperature > 0.", 0, 2**32 - 1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights and the computation.")
+QUANTIZATION = flags.DEFINE_enum(
+    "quantization", "none", ["none", "int8", "nf4"], "Keeps the decoder's kernels in 8 or 4 bits."
+)
 flags.mark_flags_as_required(["model", "prompt"])
 
 
@@ -26,7 +29,9 @@ def main() -> None:
 
     from llava_jax.generation import load_generator
 
-    generator = load_generator(MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value)
+    generator = load_generator(
+        MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value, quantization=QUANTIZATION.value
+    )
     processor = generator.image_processor
     answers = generator.answer(
         [PROMPT.value],

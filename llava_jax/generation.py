@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from llava_jax.config import DataConfig, MeshConfig, ModelConfig
+from llava_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.conversation import IMAGE_TOKEN, render_prompt
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
@@ -19,31 +19,70 @@ from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.errors import ConfigError
 from llava_jax.models.llama import Cache
-from llava_jax.sharding import make_mesh, parameter_sharding, replicated
-from llava_jax.step import abstract_model, bind
-from llava_jax.weights import load, open_any, run_stages
+from llava_jax.models.quantization import Quantization, quantized_kernels
+from llava_jax.sharding import gather_codes, make_mesh, parameter_sharding, replicated
+from llava_jax.step import abstract_model, abstract_tuned_model, bind
+from llava_jax.tuned_weights import restored
+from llava_jax.tuning import check_blocks
+from llava_jax.weights import is_run, load, open_any, open_trained
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 
-def load_generator(path: str, *, template: str = "", dtype: str = "bfloat16") -> "Generator":
+def load_generator(
+    path: str, *, template: str = "", dtype: str = "bfloat16", quantization: str = "none"
+) -> "Generator":
     """A generator from a run directory, our model directory or a Hugging Face directory.
 
-    template: a conversation template in place of the model's own. Pictures are read as the run's last stage reads them.
+    template: a conversation template in place of the model's own. quantization: of the decoder's kernels: none, int8
+    or nf4. Pictures are read as the run's last stage reads them.
     """
-    weights = open_any(path)
+    stage = None
+    if is_run(Path(path).expanduser()):
+        weights, stage = open_trained(Path(path))
+    else:
+        weights = open_any(path)
     if not isinstance(weights.config, ModelConfig) or not weights.tokenizer_path:
         raise ConfigError(
             f"{path} is not a whole model with its tokenizer. `python tools/convert_weights.py inspect {path}` says what it "
             "holds; from-hf --vision-tower=CLIP --language-model=DECODER DST puts a model together of its parts."
         )
-    data = None
-    if weights.layout == "run":
-        data = next(reversed(run_stages(Path(path)).values())).data
     tokenizer = load_tokenizer(weights.tokenizer_path, weights.config.extra_tokens)
     mesh = make_mesh(MeshConfig())
-    return open_generator(
-        weights, tokenizer, mesh, template=template or weights.template, dtype=dtype, data=data
+    how = dict(template=template or weights.template, dtype=dtype, quantization=quantization)
+    if stage:
+        return open_trained_generator(weights, stage, tokenizer, mesh, **how)
+    return open_generator(weights, tokenizer, mesh, **how)
+
+
+def open_trained_generator(
+    weights: ModelSource,
+    stage: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    *,
+    template: str,
+    dtype: str,
+    quantization: str,
+) -> "Generator":
+    """A generator from weights in the form in which a stage trains them, which are read onto the mesh.
+
+    Quantised as they were trained, they answer with adapters beside them; otherwise adapters are merged first.
+    """
+    if quantization == "none" or quantization != stage.lora.quantization:
+        merged = restored(weights, stage)
+        how = dict(template=template, dtype=dtype, quantization=quantization, data=stage.data)
+        return open_generator(merged, tokenizer, mesh, **how)
+    graphdef, shapes, _ = abstract_tuned_model(
+        stage, dropout=False, gather_codes=gather_codes(mesh), dtype=jnp.dtype(dtype)
+    )
+    return Generator(
+        graphdef,
+        _load(weights, quantized_kernels(shapes, Quantization.of(stage.lora)), dtype, mesh),
+        tokenizer,
+        mesh,
+        template=template,
+        image_processor=ImageProcessor.from_config(stage.data, stage.model),
     )
 
 
@@ -54,6 +93,7 @@ def open_generator(
     *,
     template: str,
     dtype: str,
+    quantization: str = "none",
     data: DataConfig | None = None,
 ) -> "Generator":
     """A generator from weights, which are read onto the mesh.
@@ -61,10 +101,14 @@ def open_generator(
     data: says how pictures are read; None: as the model's aspect ratio says, without limits to their pixels.
     """
     config = weights.config
-    graphdef, _ = abstract_model(config, dtype=jnp.dtype(dtype))
+    check_blocks("--quantization", quantization, config.text)
+    method = None if quantization == "none" else Quantization(quantization)
+    graphdef, shapes = abstract_model(
+        config, quantization=method, gather_codes=gather_codes(mesh), dtype=jnp.dtype(dtype)
+    )
     return Generator(
         graphdef,
-        load(weights, weights.names(), jnp.dtype(dtype), partial(parameter_sharding, mesh)),
+        _load(weights, quantized_kernels(shapes, method), dtype, mesh),
         tokenizer,
         mesh,
         template=template,
@@ -72,6 +116,13 @@ def open_generator(
         if data is None
         else ImageProcessor.from_config(data, config),
     )
+
+
+def _load(
+    weights: ModelSource, quantized: dict[str, Quantization], dtype: str, mesh: Mesh
+) -> dict[str, jax.Array]:
+    place = partial(parameter_sharding, mesh)
+    return load(weights, weights.names(), jnp.dtype(dtype), place, quantized=quantized)
 
 
 class Generator:

@@ -87,8 +87,12 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "double_quant": _is("lora.double_quantization"),
         "quant_type": _is("lora.quantization", note="nf4; fp4 does not exist here"),
         "quantization_bit": _is("lora.quantization", note="int8 for 8, nf4 for 4"),
-        "load_in_8bit": _is("lora.quantization", note='"int8", for training'),
-        "load_in_4bit": _is("lora.quantization", note='"nf4", for training'),
+        "load_in_8bit": _is(
+            "lora.quantization", "--quantization", note="int8; the flag is one of generate and evaluate"
+        ),
+        "load_in_4bit": _is(
+            "lora.quantization", "--quantization", note="nf4; the flag is one of generate and evaluate"
+        ),
     },
     "What trains": {
         "freeze_backbone": _is("tune.language_model", note='"frozen"'),
@@ -332,8 +336,8 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "answers-file": _is("--predictions", note="of evaluate"),
         "num-chunks": _none("evaluate asks --batch_size questions at a time"),
         "chunk-idx": _none("evaluate asks --batch_size questions at a time"),
-        "load-8bit": _none("models answer in --dtype; lora.quantization is for training"),
-        "load-4bit": _none("models answer in --dtype; lora.quantization is for training"),
+        "load-8bit": _is("--quantization", note="int8, of generate and evaluate"),
+        "load-4bit": _is("--quantization", note="nf4, of generate and evaluate"),
         "do_sample": _is(
             "--temperature", note="of generate: above 0 draws, 0 does not; other answers are never drawn"
         ),

@@ -1,4 +1,6 @@
-"""Generation against Hugging Face's, batches against single rows, and sampling's limits."""
+"""Generation against Hugging Face's, batches against single rows, sampling's limits, and quantised networks."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,14 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.data.tokenizer import load_tokenizer
 from llava_jax.errors import DataError
 from llava_jax.evaluation import evaluate, read_questions
-from llava_jax.generation import _sample, continue_prompts, left_pad, open_generator
+from llava_jax.generation import Generator, _sample, continue_prompts, left_pad, open_generator
 from llava_jax.models.llava import IMAGE_TOKEN
+from llava_jax.models.quantization import Quantization
 from llava_jax.sharding import make_mesh
 from llava_jax.step import abstract_model
 from llava_jax.weights import complete
 from tests.test_models import HF_IMAGE_TOKEN, llama, make_hf_model
+from tests.test_quantization import with_unpacked_kernels
 
 NO_END = -1  # no token ends a row, so that all new tokens are compared
 
@@ -109,6 +113,54 @@ def test_prompts_that_leave_no_room_are_refused(generator):
 def test_answers_end_where_the_positions_do(generator):
     (tokens,) = generator.generate([np.full(250, 5)], [[]], max_new_tokens=100)
     assert len(tokens) <= 6
+
+
+@pytest.fixture
+def wide_source(tiny_config) -> ModelSource:
+    """Weights of a decoder whose kernels have whole blocks of inputs."""
+    text = dataclasses.replace(
+        tiny_config.model.text, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16
+    )
+    return complete(ModelSource("parts", dataclasses.replace(tiny_config.model, text=text), {}), seed=0)
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_a_quantised_network_says_what_it_says_with_its_kernels_unpacked(generator, wide_source, method):
+    tokenizer, mesh = generator.tokenizer, generator.mesh
+    how = dict(template="v1", dtype="float32")
+    found = open_generator(wide_source, tokenizer, mesh, quantization=method, **how)
+    kernels = [name for name in found.parameters if name.startswith("language_model.layers.")]
+    assert len([name for name in kernels if name.endswith(f".{method}")]) == 7
+    assert not [name for name in kernels if name.endswith(".kernel")]
+    name = "language_model.layers.mlp.down_proj.kernel"
+    for kind, leaf in Quantization(method).quantize(wide_source.read(name)[1]).items():
+        np.testing.assert_array_equal(found.parameters[f"{name}.{kind}"][1], leaf)
+
+    plain = open_generator(wide_source, tokenizer, mesh, **how)
+    unpacked = Generator(
+        plain.graphdef,
+        with_unpacked_kernels(found.parameters),
+        tokenizer,
+        mesh,
+        template="v1",
+        image_processor=found.image_processor,
+    )
+    prompts = [tokenizer.encode(text) for text in ("What color is the ring?", "Where is it? In the middle?")]
+    prompts = [np.array([IMAGE_TOKEN, *prompt]) for prompt in prompts]
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 1, 32, 32, 3), np.uint8))
+    said = [each.generate(prompts, images, max_new_tokens=24) for each in (found, unpacked, plain)]
+    assert said[0] == said[1]
+    assert method == "int8" or said[1] != said[2]  # the error of int8 is too small for that
+
+
+def test_blocks_that_a_decoder_does_not_have_are_refused(generator, tiny_config):
+    source = complete(ModelSource("parts", tiny_config.model, {}), seed=0)
+    with pytest.raises(
+        ConfigError, match=r"--quantization='nf4' .*hidden_size = 32 .*set --quantization='int8'"
+    ):
+        open_generator(
+            source, generator.tokenizer, generator.mesh, template="v1", dtype="float32", quantization="nf4"
+        )
 
 
 def test_every_question_is_answered_once_and_scored_per_kind(generator, shapes_dataset):
