@@ -88,10 +88,10 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "quant_type": _is("lora.quantization", note="nf4; fp4 does not exist here"),
         "quantization_bit": _is("lora.quantization", note="int8 for 8, nf4 for 4"),
         "load_in_8bit": _is(
-            "lora.quantization", "--quantization", note="int8; the flag is one of generate and evaluate"
+            "lora.quantization", "--quantization", note="int8; the flag is one of generate, chat and evaluate"
         ),
         "load_in_4bit": _is(
-            "lora.quantization", "--quantization", note="nf4; the flag is one of generate and evaluate"
+            "lora.quantization", "--quantization", note="nf4; the flag is one of generate, chat and evaluate"
         ),
     },
     "What trains": {
@@ -303,7 +303,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "evaluate.predict_with_generate", note="or python -m llava_jax.evaluate --data=FILE"
         ),
         "max_new_tokens": _is(
-            "evaluate.max_new_tokens", "--max_new_tokens", note="a flag of generate and evaluate"
+            "evaluate.max_new_tokens", "--max_new_tokens", note="a flag of generate, chat and evaluate"
         ),
         "push_to_hub": _none("README.md and export/ are written for you to upload; nothing is sent anywhere"),
         "export_dir": _is("export.layout", note="written to export/ in --workdir"),
@@ -325,24 +325,26 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "ddp_find_unused_parameters": _none("gradients exist for what trains alone"),
     },
     "Asking a model": {
-        "model-path": _is("--model", note="of generate and evaluate"),
+        "model-path": _is("--model", note="of generate, chat and evaluate"),
         "model-base": _none(
             "a run by LoRA knows its base; for an adapter alone, tools/convert_weights.py merge-lora"
         ),
-        "image-file": _is("--image", note="of generate; repeated for several"),
+        "image-file": _is("--image", note="of generate and chat; repeated for several"),
         "query": _is("--prompt", note="of generate"),
-        "conv-mode": _is("--template", note="of generate and evaluate; the model's own unless set"),
+        "conv-mode": _is("--template", note="of generate, chat and evaluate; the model's own unless set"),
+        "default_system": _is("--system", note="of generate and chat; records have their own"),
         "question-file": _is("--questions", note="of evaluate, whose lines hold the right answers too"),
         "answers-file": _is("--predictions", note="of evaluate"),
         "num-chunks": _none("evaluate asks --batch_size questions at a time"),
         "chunk-idx": _none("evaluate asks --batch_size questions at a time"),
-        "load-8bit": _is("--quantization", note="int8, of generate and evaluate"),
-        "load-4bit": _is("--quantization", note="nf4, of generate and evaluate"),
+        "load-8bit": _is("--quantization", note="int8, of generate, chat and evaluate"),
+        "load-4bit": _is("--quantization", note="nf4, of generate, chat and evaluate"),
         "do_sample": _is(
-            "--temperature", note="of generate: above 0 draws, 0 does not; other answers are never drawn"
+            "--temperature",
+            note="of generate and chat: above 0 draws, 0 does not; other answers are never drawn",
         ),
-        "temperature": _is("--temperature", note="of generate; 0 unless set: the likeliest tokens"),
-        "top_p": _is("--top_p", note="of generate"),
+        "temperature": _is("--temperature", note="of generate and chat; 0 unless set: the likeliest tokens"),
+        "top_p": _is("--top_p", note="of generate and chat"),
         "top_k": _none("--temperature and --top_p of generate say how tokens are drawn"),
         "num_beams": _none("answers are not searched for with beams"),
         "repetition_penalty": _none("tokens are drawn as the model scores them"),

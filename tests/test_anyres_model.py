@@ -34,7 +34,8 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.data import tiles
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.generation import continue_prompts, expand_prompt, left_pad, open_generator
+from llava_jax.decoding import continue_prompts
+from llava_jax.generation import expand_prompt, left_pad, open_generator
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llava
 from llava_jax.models.clip import normalize

@@ -12,9 +12,10 @@ from llava_jax.config import ConfigError, EvaluateConfig, MeshConfig
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.decoding import _sample, continue_prompts
 from llava_jax.errors import DataError
 from llava_jax.evaluation import evaluate, read_questions
-from llava_jax.generation import Generator, _sample, continue_prompts, left_pad, open_generator
+from llava_jax.generation import Generator, left_pad, open_generator
 from llava_jax.models.llava import IMAGE_TOKEN
 from llava_jax.models.quantization import Quantization
 from llava_jax.sharding import make_mesh

@@ -32,7 +32,7 @@ from llava_jax.config import (
     VisionConfig,
 )
 from llava_jax.config_values import from_json
-from llava_jax.generation import continue_prompts
+from llava_jax.decoding import continue_prompts
 from llava_jax.models.llava import IMAGE_TOKEN
 from llava_jax.program import Program
 from llava_jax.recipe import vicuna

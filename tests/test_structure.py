@@ -29,7 +29,7 @@ def uses(path: Path, *names: str) -> list[str]:
     return sorted(m for m in imports(path) if any(m == name or m.startswith(name + ".") for name in names))
 
 
-COMMANDS = ("train", "generate", "evaluate", "check_data", "plan")
+COMMANDS = ("train", "generate", "chat", "evaluate", "check_data", "plan")
 # A file may import from its own line and the lines above it.
 FLOORS = (
     (
@@ -55,7 +55,7 @@ FLOORS = (
     ),
     ("kernels", "sharding", "processes", "agreement", "compiler"),
     ("models", "data", "optimizer", "optimizers"),
-    ("convert", "step", "recorder", "memory_peak", "profiling", "quickstart", "answers_page"),
+    ("convert", "step", "decoding", "recorder", "memory_peak", "profiling", "quickstart", "answers_page"),
     ("checkpoint", "saved_parameters", "program", "starting_adapters", "tuned_weights"),
     ("weights",),
     (
@@ -69,7 +69,7 @@ FLOORS = (
         "trainer_state",
         "validation",
     ),
-    ("evaluation",),
+    ("asking", "dialogue", "evaluation"),
     ("answer_samples", "stage"),
     ("final_evaluation",),
     ("trainer",),

@@ -11,7 +11,8 @@ import numpy as np
 
 from llava_jax.convert.names import model_rows, spell
 from llava_jax.convert.opening import open_model
-from llava_jax.generation import continue_prompts, left_pad
+from llava_jax.decoding import continue_prompts
+from llava_jax.generation import left_pad
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models.llava import IMAGE_TOKEN
 from llava_jax.step import abstract_model, bind
