@@ -19,6 +19,10 @@ TEMPLATE = flags.DEFINE_string("template", "", "Conversation template; default: 
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest answer.", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 answers with the likeliest tokens.", lower_bound=0.0)
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the smallest set of this probability.", 0.0, 1.0)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many of the likeliest; 0: from all.", lower_bound=0)
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Above 1: tokens that are already there become less likely.", lower_bound=0.01
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws when temperature > 0.", 0, 2**32 - 1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights and the computation.")
 QUANTIZATION = flags.DEFINE_enum(
@@ -44,10 +48,11 @@ def read_images(generator: "Generator") -> tuple[list["np.ndarray"], list["Image
 
 def how_to_answer() -> dict:
     """What the flags say of answers, as keyword arguments."""
+    from llava_jax.decoding import Sampling
+
     return dict(
         system=SYSTEM.value,
         max_new_tokens=MAX_NEW_TOKENS.value,
-        temperature=TEMPERATURE.value,
-        top_p=TOP_P.value,
+        sampling=Sampling(TEMPERATURE.value, TOP_P.value, TOP_K.value, REPETITION_PENALTY.value),
         seed=SEED.value,
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from llava_jax.data.conversation import IMAGE_TOKEN, PLACEHOLDER, render_prompt
 from llava_jax.data.image_processor import ImageLayout
-from llava_jax.decoding import READ, Rows, continue_some, read_on, read_prompts
+from llava_jax.decoding import GREEDY, READ, Rows, Sampling, continue_some, read_on, read_prompts
 from llava_jax.errors import ConfigError
 from llava_jax.generation import Generator, expand_prompt, left_pad, until
 from llava_jax.sharding import replicated
@@ -30,8 +30,7 @@ class Dialogue:
         *,
         max_new_tokens: int,
         system: str | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        sampling: Sampling = GREEDY,
         seed: int = 0,
     ):
         if generator.template.caption_only:
@@ -44,7 +43,8 @@ class Dialogue:
         self.layouts = layouts
         self.max_new_tokens = max_new_tokens
         self.system = system
-        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.sampling = sampling
+        self.seed = seed
         self.turns: list[tuple[str, str]] = []  # (role, text)
         self._rows: Rows | None = None  # one row
         self._read_tokens: list[int] = []  # what it has read, in slots of its cache from _padding on
@@ -72,12 +72,11 @@ class Dialogue:
                 generator.parameters,
                 self._rows,
                 key,
-                self.temperature,
-                self.top_p,
+                self.sampling,
                 np.int32(limit - len(made)),
                 graphdef=generator.graphdef,
                 end_ids=end_ids,
-                sample=self.temperature > 0,
+                sample=self.sampling.temperature > 0,
                 mesh=generator.mesh,
             )
             made += np.asarray(tokens)[0, : int(self._rows.num_new) - len(made)].tolist()
@@ -125,7 +124,9 @@ class Dialogue:
         if has_room and len(rest) <= READ and IMAGE_TOKEN not in rest:
             tokens = np.zeros((1, READ), np.int32)
             tokens[0, : len(rest)] = rest
-            new = np.int32(self._padding + num_known), tokens, np.int32(len(rest))
+            seen = np.zeros((1, generator.config.text.vocab_size), bool)
+            seen[0, prompt[prompt != IMAGE_TOKEN]] = True
+            new = np.int32(self._padding + num_known), tokens, np.int32(len(rest)), seen
             self._rows = read_on(generator.parameters, self._rows, *new, **how)
         else:
             self._rows = None  # so that there is memory for the new one

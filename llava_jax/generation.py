@@ -17,7 +17,7 @@ from llava_jax.data.conversation import IMAGE_TOKEN, render_prompt
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
-from llava_jax.decoding import continue_prompts
+from llava_jax.decoding import GREEDY, Sampling, continue_prompts
 from llava_jax.errors import ConfigError
 from llava_jax.models.quantization import Quantization, quantized_kernels
 from llava_jax.sharding import gather_codes, make_mesh, parameter_sharding, replicated
@@ -198,8 +198,7 @@ class Generator:
         *,
         max_new_tokens: int,
         layouts: list[list[ImageLayout]] | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        sampling: Sampling = GREEDY,
         seed: int = 0,
         length: int | None = None,
         slots: int | None = None,
@@ -209,7 +208,7 @@ class Generator:
         images: per sequence, uint8[tiles, H, W, 3] each, with `layouts` to match (`image_processor` reads both);
         without layouts uint8[H, W, 3], told as one tile.
         Returns the new tokens up to and without the one that ends them, no more than the model's positions allow.
-        temperature 0 is greedy; otherwise tokens are drawn from the smallest set of probability top_p.
+        seed: of the draws, where `sampling` draws.
         length, slots: tokens and tiles to which each row is padded, so that calls alike are compiled once.
         """
         if layouts is None:
@@ -231,12 +230,11 @@ class Generator:
             self.parameters,
             batch,
             jax.random.key(seed),
-            temperature,
-            top_p,
+            sampling,
             graphdef=self.graphdef,
             max_new_tokens=min(max_new_tokens, room),
             end_ids=self.end_ids,
-            sample=temperature > 0,
+            sample=sampling.temperature > 0,
             mesh=self.mesh,
         )
         return [until(row, self.end_ids) for row in np.asarray(tokens).tolist()]

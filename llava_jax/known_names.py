@@ -345,9 +345,11 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         ),
         "temperature": _is("--temperature", note="of generate and chat; 0 unless set: the likeliest tokens"),
         "top_p": _is("--top_p", note="of generate and chat"),
-        "top_k": _none("--temperature and --top_p of generate say how tokens are drawn"),
+        "top_k": _is("--top_k", note="of generate and chat; 0 unless set: drawn of all tokens"),
         "num_beams": _none("answers are not searched for with beams"),
-        "repetition_penalty": _none("tokens are drawn as the model scores them"),
+        "repetition_penalty": _is(
+            "--repetition_penalty", note="of generate and chat; images count as nothing"
+        ),
     },
     "Code": {
         "BaseTrainingRecipe": _none(

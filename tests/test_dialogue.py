@@ -13,6 +13,7 @@ from llava_jax.data.conversation import IGNORE, IMAGE_TOKEN, expand_images, toke
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.decoding import GREEDY
 from llava_jax.dialogue import Dialogue, _certain
 from llava_jax.errors import DataError
 from llava_jax.generation import Generator, open_generator
@@ -74,15 +75,14 @@ def test_answers_of_every_turn_are_those_to_the_whole_prompt(tiny_config, monkey
         lambda *of, **how: passes.append(how["num_slots"]) or read_prompts(*of, **how),
     )
     images, layouts = pictures(generator.config)
-    talk = Dialogue(generator, images, layouts, max_new_tokens=19, system="")
+    how = dict(max_new_tokens=19, sampling=GREEDY._replace(repetition_penalty=1.2))
+    talk = Dialogue(generator, images, layouts, system="", **how)
     talk.begin()
     compiled = decoding.continue_some._cache_size() + decoding.read_on._cache_size()
     for question in ("What color is the ring?", "Where?"):
         prompt, _ = talk.prompt(question)
         begin, *_, end = np.flatnonzero(prompt == IMAGE_TOKEN)
-        (expected,) = generator.complete(
-            [np.delete(prompt, range(begin, end))], [[images[0][0]]], max_new_tokens=19
-        )
+        (expected,) = generator.complete([np.delete(prompt, range(begin, end))], [[images[0][0]]], **how)
         pieces = list(talk.ask(question))
         assert "".join(pieces) == expected == talk.turns[-1][1]
         assert len(pieces) > 1
@@ -111,7 +111,7 @@ def scripted(monkeypatch, tokens: list[int], size: int) -> list[int]:
     """Lets a network say these tokens, `size` at a time. -> how many are asked for each time."""
     limits = []
 
-    def continue_some(parameters, rows, key, temperature, top_p, limit, **how):
+    def continue_some(parameters, rows, key, sampling, limit, **how):
         limits.append(int(limit))
         end = rows.num_new + min(size, int(limit))
         piece = tokens[rows.num_new : end]
