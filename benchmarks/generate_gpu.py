@@ -19,7 +19,8 @@ from benchmarks.step_comparison import ENVIRONMENT, TORCH_ENVIRONMENT
 from benchmarks.timing import conditions, has_torch, seconds
 from benchmarks.training_step import GIB, MODELS, require_accelerator
 from llava_jax.config import ModelConfig
-from llava_jax.generation import continue_prompts, left_pad
+from llava_jax.decoding import GREEDY, continue_prompts
+from llava_jax.generation import left_pad
 from llava_jax.memory_peak import memory_peak
 from llava_jax.models.llava import IMAGE_TOKEN
 from llava_jax.step import abstract_model, bind, random_parameters
@@ -95,7 +96,7 @@ def measure_ours(load: Load) -> None:
         batch = jax.device_put(
             left_pad(list(prompts["tokens"]), images, load.model.vision.image_size, list(features))
         )
-        arguments = parameters, batch, jax.random.key(SEED), 0.0, 1.0
+        arguments = parameters, batch, jax.random.key(SEED), GREEDY
         first = seconds(prefill, parameters, batch, rounds=load.rounds, calls=1)
         whole = seconds(generate, *arguments, rounds=load.rounds, calls=1)
         tokens = np.asarray(generate(*arguments))[0].tolist()

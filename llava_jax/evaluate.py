@@ -46,6 +46,9 @@ PREDICTIONS = flags.DEFINE_string(
     "Write the answers here, as JSONL: to --questions as the original does, to others as LLaMA-Factory does.",
 )
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights and the computation.")
+QUANTIZATION = flags.DEFINE_enum(
+    "quantization", "none", ["none", "int8", "nf4"], "Keeps the decoder's kernels in 8 or 4 bits."
+)
 flags.mark_flags_as_required(["model"])
 flags.mark_flags_as_mutual_exclusive(["questions", "data", "dataset"], required=True)
 
@@ -131,7 +134,9 @@ def _config() -> "EvaluateConfig":
 def _load() -> "Generator":
     from llava_jax.generation import load_generator
 
-    return load_generator(MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value)
+    return load_generator(
+        MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value, quantization=QUANTIZATION.value
+    )
 
 
 def _open_dataset() -> "Dataset":

@@ -18,9 +18,10 @@ from llava_jax.evaluation import (
     model_name,
     predict,
 )
-from llava_jax.generation import open_generator
+from llava_jax.generation import open_trained_generator
 from llava_jax.processes import is_first
 from llava_jax.stage import Stage
+from llava_jax.weights import as_trained
 
 
 def check_asked(stages: list[Stage], tokenizer: Tokenizer) -> None:
@@ -39,15 +40,22 @@ def check_asked(stages: list[Stage], tokenizer: Tokenizer) -> None:
         choose_questions(last, stages[-1].evaluations, tokenizer, 1, "evaluate.predict_with_generate")
 
 
-def answer_at_end(
-    stage: Stage, weights: ModelSource, tokenizer: Tokenizer, mesh: Mesh, workdir: Path
-) -> None:
-    """Answers with the model that the last stage ended with, and writes what came out; process 0 does that."""
+def answer_at_end(stage: Stage, before: ModelSource, tokenizer: Tokenizer, mesh: Mesh, workdir: Path) -> None:
+    """Answers with the model that the last stage ended with, quantised if that was, and writes what came out; process 0
+    does that. `before` is the model before that stage."""
     config, asked = stage.config, stage.config.evaluate
     if not (asked.path or asked.predict_with_generate):
         return
-    generator = open_generator(
-        weights, tokenizer, mesh, template=config.data.template, dtype=config.train.dtype, data=config.data
+    generator = open_trained_generator(
+        as_trained(
+            before, config, stage.checkpoints, verify=False
+        ),  # the stage has verified it, or just written it
+        config,
+        tokenizer,
+        mesh,
+        template=config.data.template,
+        dtype=config.train.dtype,
+        quantization=config.lora.quantization,
     )
     results = {}
     if asked.predict_with_generate:

@@ -1,4 +1,4 @@
-"""Continues prompts with a KV cache: greedy or sampled, many at a time."""
+"""A model and its tokenizer, ready to answer many prompts at a time."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,39 +11,78 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from llava_jax.config import DataConfig, MeshConfig, ModelConfig
+from llava_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.conversation import IMAGE_TOKEN, render_prompt
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
+from llava_jax.decoding import GREEDY, Sampling, continue_prompts
 from llava_jax.errors import ConfigError
-from llava_jax.models.llama import Cache
-from llava_jax.sharding import make_mesh, parameter_sharding, replicated
-from llava_jax.step import abstract_model, bind
-from llava_jax.weights import load, open_any, run_stages
+from llava_jax.models.quantization import Quantization, quantized_kernels
+from llava_jax.sharding import gather_codes, make_mesh, parameter_sharding, replicated
+from llava_jax.step import abstract_model, abstract_tuned_model
+from llava_jax.tuned_weights import restored
+from llava_jax.tuning import check_blocks
+from llava_jax.weights import is_run, load, open_any, open_trained
 
 PROMPT_BUCKET = 64  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 
-def load_generator(path: str, *, template: str = "", dtype: str = "bfloat16") -> "Generator":
+def load_generator(
+    path: str, *, template: str = "", dtype: str = "bfloat16", quantization: str = "none"
+) -> "Generator":
     """A generator from a run directory, our model directory or a Hugging Face directory.
 
-    template: a conversation template in place of the model's own. Pictures are read as the run's last stage reads them.
+    template: a conversation template in place of the model's own. quantization: of the decoder's kernels: none, int8
+    or nf4. Pictures are read as the run's last stage reads them.
     """
-    weights = open_any(path)
+    stage = None
+    if is_run(Path(path).expanduser()):
+        weights, stage = open_trained(Path(path))
+    else:
+        weights = open_any(path)
     if not isinstance(weights.config, ModelConfig) or not weights.tokenizer_path:
         raise ConfigError(
             f"{path} is not a whole model with its tokenizer. `python tools/convert_weights.py inspect {path}` says what it "
             "holds; from-hf --vision-tower=CLIP --language-model=DECODER DST puts a model together of its parts."
         )
-    data = None
-    if weights.layout == "run":
-        data = next(reversed(run_stages(Path(path)).values())).data
     tokenizer = load_tokenizer(weights.tokenizer_path, weights.config.extra_tokens)
     mesh = make_mesh(MeshConfig())
-    return open_generator(
-        weights, tokenizer, mesh, template=template or weights.template, dtype=dtype, data=data
+    how = dict(template=template or weights.template, dtype=dtype, quantization=quantization)
+    if stage:
+        return open_trained_generator(weights, stage, tokenizer, mesh, **how)
+    return open_generator(weights, tokenizer, mesh, **how)
+
+
+def open_trained_generator(
+    weights: ModelSource,
+    stage: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    *,
+    template: str,
+    dtype: str,
+    quantization: str,
+) -> "Generator":
+    """A generator from weights in the form in which a stage trains them, which are read onto the mesh.
+
+    Quantised as they were trained, they answer with adapters beside them; otherwise adapters are merged first.
+    """
+    if quantization == "none" or quantization != stage.lora.quantization:
+        merged = restored(weights, stage)
+        how = dict(template=template, dtype=dtype, quantization=quantization, data=stage.data)
+        return open_generator(merged, tokenizer, mesh, **how)
+    graphdef, shapes, _ = abstract_tuned_model(
+        stage, dropout=False, gather_codes=gather_codes(mesh), dtype=jnp.dtype(dtype)
+    )
+    return Generator(
+        graphdef,
+        _load(weights, quantized_kernels(shapes, Quantization.of(stage.lora)), dtype, mesh),
+        tokenizer,
+        mesh,
+        template=template,
+        image_processor=ImageProcessor.from_config(stage.data, stage.model),
     )
 
 
@@ -54,6 +93,7 @@ def open_generator(
     *,
     template: str,
     dtype: str,
+    quantization: str = "none",
     data: DataConfig | None = None,
 ) -> "Generator":
     """A generator from weights, which are read onto the mesh.
@@ -61,10 +101,14 @@ def open_generator(
     data: says how pictures are read; None: as the model's aspect ratio says, without limits to their pixels.
     """
     config = weights.config
-    graphdef, _ = abstract_model(config, dtype=jnp.dtype(dtype))
+    check_blocks("--quantization", quantization, config.text)
+    method = None if quantization == "none" else Quantization(quantization)
+    graphdef, shapes = abstract_model(
+        config, quantization=method, gather_codes=gather_codes(mesh), dtype=jnp.dtype(dtype)
+    )
     return Generator(
         graphdef,
-        load(weights, weights.names(), jnp.dtype(dtype), partial(parameter_sharding, mesh)),
+        _load(weights, quantized_kernels(shapes, method), dtype, mesh),
         tokenizer,
         mesh,
         template=template,
@@ -72,6 +116,13 @@ def open_generator(
         if data is None
         else ImageProcessor.from_config(data, config),
     )
+
+
+def _load(
+    weights: ModelSource, quantized: dict[str, Quantization], dtype: str, mesh: Mesh
+) -> dict[str, jax.Array]:
+    place = partial(parameter_sharding, mesh)
+    return load(weights, weights.names(), jnp.dtype(dtype), place, quantized=quantized)
 
 
 class Generator:
@@ -97,10 +148,15 @@ class Generator:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
         self.mesh = mesh
+        self.end_ids = self.template.end_ids(tokenizer)
+        self.end_of_turn = self.template.assistant.after + self.template.human.opening
 
-    def answer(self, questions: list[str], images: list[list[np.ndarray]], **how) -> list[str]:
+    def answer(
+        self, questions: list[str], images: list[list[np.ndarray]], *, system: str | None = None, **how
+    ) -> list[str]:
         """Single-turn answers. images: per question, in the order of its placeholders, as `generate` takes them; a
-        question without `<image>` gets its placeholders in front. `how` goes to `generate`."""
+        question without `<image>` gets its placeholders in front. system: in place of the template's system text. `how`
+        goes to `generate`."""
         prompts = [
             render_prompt(
                 question,
@@ -108,6 +164,7 @@ class Generator:
                 self.tokenizer,
                 num_images=len(its_images),
                 image_markers=self.config.use_im_start_end,
+                system=system,
             )
             for question, its_images in zip(questions, images, strict=True)
         ]
@@ -115,10 +172,24 @@ class Generator:
 
     def complete(self, prompts: list[np.ndarray], images: list[list[np.ndarray]], **how) -> list[str]:
         """What `generate` makes of its arguments, as text: up to the end of the assistant's turn, stripped."""
-        # Where no token ends a turn, this text does.
-        end = self.template.assistant.after + self.template.human.opening
-        texts = [self.tokenizer.decode(tokens) for tokens in self.generate(prompts, images, **how)]
-        return [(text.partition(end)[0] if end.strip(" ") else text).strip() for text in texts]
+        return [self.read_answer(tokens)[0] for tokens in self.generate(prompts, images, **how)]
+
+    def read_answer(self, tokens: list[int]) -> tuple[str, bool]:
+        """The text of an answer's tokens, stripped, and whether it has come to the end of the turn."""
+        text, end = self.tokenizer.decode(tokens), ""
+        if self.end_of_turn.strip(" "):  # where no token ends a turn, this text does
+            text, end, _ = text.partition(self.end_of_turn)
+        return text.strip(), bool(end)
+
+    def room(self, length: int) -> int:
+        """How many tokens may follow a prompt of this length. Raises ConfigError where none may."""
+        positions = self.config.text.max_position_embeddings
+        if length >= positions:
+            raise ConfigError(
+                f"The prompt takes {length} tokens and leaves no room for an answer in the model's {positions} positions; "
+                "shorten it."
+            )
+        return positions - length
 
     def generate(
         self,
@@ -127,8 +198,7 @@ class Generator:
         *,
         max_new_tokens: int,
         layouts: list[list[ImageLayout]] | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        sampling: Sampling = GREEDY,
         seed: int = 0,
         length: int | None = None,
         slots: int | None = None,
@@ -138,7 +208,7 @@ class Generator:
         images: per sequence, uint8[tiles, H, W, 3] each, with `layouts` to match (`image_processor` reads both);
         without layouts uint8[H, W, 3], told as one tile.
         Returns the new tokens up to and without the one that ends them, no more than the model's positions allow.
-        temperature 0 is greedy; otherwise tokens are drawn from the smallest set of probability top_p.
+        seed: of the draws, where `sampling` draws.
         length, slots: tokens and tiles to which each row is padded, so that calls alike are compiled once.
         """
         if layouts is None:
@@ -151,13 +221,7 @@ class Generator:
         ]
         sequences, feature_ids = zip(*expanded, strict=True)
         tiles = [[tile for image in its_images for tile in image] for its_images in images]
-        room = self.config.text.max_position_embeddings - max(len(sequence) for sequence in sequences)
-        if room < 1:
-            raise ConfigError(
-                f"The prompt takes {max(map(len, sequences))} tokens and leaves no room for an answer in the model's "
-                f"{self.config.text.max_position_embeddings} positions; shorten it."
-            )
-        end_ids = self.template.end_ids(self.tokenizer)
+        room = self.room(max(map(len, sequences)))
         batch = left_pad(
             sequences, tiles, self.config.vision.image_size, feature_ids, length=length, slots=slots
         )
@@ -166,15 +230,14 @@ class Generator:
             self.parameters,
             batch,
             jax.random.key(seed),
-            temperature,
-            top_p,
+            sampling,
             graphdef=self.graphdef,
             max_new_tokens=min(max_new_tokens, room),
-            end_ids=end_ids,
-            sample=temperature > 0,
+            end_ids=self.end_ids,
+            sample=sampling.temperature > 0,
             mesh=self.mesh,
         )
-        return [_until(row, end_ids) for row in np.asarray(tokens).tolist()]
+        return [until(row, self.end_ids) for row in np.asarray(tokens).tolist()]
 
 
 def expand_prompt(
@@ -226,69 +289,6 @@ def left_pad(
     return batch
 
 
-def _until(tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:
+def until(tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:
+    """The tokens in front of the first that is one of end_ids."""
     return list(itertools.takewhile(lambda token: token not in end_ids, tokens))
-
-
-@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "end_ids", "sample", "mesh"))
-def continue_prompts(
-    parameters, batch, key, temperature, top_p, *, graphdef, max_new_tokens, end_ids, sample, mesh=None
-) -> jax.Array:
-    """Continues a left-padded batch by max_new_tokens tokens or until every row has ended with one of end_ids.
-
-    -> new tokens int32[B, max_new_tokens]; after a row's end token it holds only end_ids[0]. `sample` draws from
-    the smallest set of probability top_p at the given temperature; otherwise the likeliest token is taken. With a
-    mesh every device gets all of the tokens.
-    """
-    model = bind(graphdef, parameters)
-    B, T = batch["tokens"].shape
-    no_images = batch["images"][:, :0]
-    ones = jnp.ones((B, 1), jnp.int32)
-
-    def choose(logits, key):
-        return (
-            _sample(logits, key, temperature, top_p)
-            if sample
-            else jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        )
-
-    def unfinished(carry):
-        i, _, _, done, _, _ = carry
-        return (i < max_new_tokens) & ~done.all()
-
-    def step(carry):
-        i, logits, cache, done, tokens, position = carry
-        token = jnp.where(done, end_ids[0], choose(logits, jax.random.fold_in(key, i)))
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
-        logits, cache = model.extend(token[:, None], no_images, position, ones, cache)
-        return i + 1, logits, cache, done | jnp.isin(token, jnp.array(end_ids)), tokens, position + 1
-
-    cache: Cache = model.language_model.empty_cache(B, T + max_new_tokens)
-    logits, cache = model.extend(
-        batch["tokens"],
-        batch["images"],
-        batch["positions"],
-        batch["segment_ids"],
-        cache,
-        batch.get("feature_ids"),
-    )
-    carry = (
-        jnp.int32(0),
-        logits,
-        cache,
-        jnp.zeros(B, bool),
-        jnp.full((B, max_new_tokens), end_ids[0], jnp.int32),
-        batch["positions"][:, -1:] + 1,
-    )
-    tokens = jax.lax.while_loop(unfinished, step, carry)[4]
-    return tokens if mesh is None else jax.lax.with_sharding_constraint(tokens, replicated(mesh))
-
-
-def _sample(logits: jax.Array, key: jax.Array, temperature, top_p) -> jax.Array:
-    """Nucleus sampling. logits float32[B, V] -> int32[B]."""
-    logits = logits / temperature
-    descending = jnp.sort(logits, axis=-1, descending=True)
-    cumulative = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
-    kept = jnp.sum(cumulative < top_p, axis=-1, keepdims=True)  # the token that crosses top_p is kept too
-    threshold = jnp.take_along_axis(descending, jnp.minimum(kept, logits.shape[-1] - 1), axis=-1)
-    return jax.random.categorical(key, jnp.where(logits < threshold, -jnp.inf, logits)).astype(jnp.int32)

@@ -103,8 +103,12 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "double_quant": _is("lora.double_quantization"),
         "quant_type": _is("lora.quantization", note="nf4; fp4 does not exist here"),
         "quantization_bit": _is("lora.quantization", note="int8 for 8, nf4 for 4"),
-        "load_in_8bit": _is("lora.quantization", note='"int8", for training'),
-        "load_in_4bit": _is("lora.quantization", note='"nf4", for training'),
+        "load_in_8bit": _is(
+            "lora.quantization", "--quantization", note="int8; the flag is one of generate, chat and evaluate"
+        ),
+        "load_in_4bit": _is(
+            "lora.quantization", "--quantization", note="nf4; the flag is one of generate, chat and evaluate"
+        ),
     },
     "What trains": {
         "freeze_backbone": _is(
@@ -178,7 +182,6 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "video_min_pixels": _none("frames are resized to the tower's size whatever their own"),
         "video_fps": _is("data.video_frames", note="so many frames, evenly spread, whatever the rate"),
         "video_maxlen": _is("data.video_frames", note="so many frames, evenly spread"),
-        "default_system": _none("a record's 'system' replaces the template's system text"),
         "buffer_size": _none("samples are shuffled over the whole epoch"),
         "data_seed": _is("seed"),
         "version": _is("data.template", note="v1, plain, ...; v1 unless set"),
@@ -336,7 +339,7 @@ TABLE: dict[str, dict[str, Counterpart]] = {
             "evaluate.predict_with_generate", note="or python -m llava_jax.evaluate --data=FILE"
         ),
         "max_new_tokens": _is(
-            "evaluate.max_new_tokens", "--max_new_tokens", note="a flag of generate and evaluate"
+            "evaluate.max_new_tokens", "--max_new_tokens", note="a flag of generate, chat and evaluate"
         ),
         "push_to_hub": _none("README.md and export/ are written for you to upload; nothing is sent anywhere"),
         "hub_model_id": _none(
@@ -366,13 +369,16 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "ddp_find_unused_parameters": _none("gradients exist for what trains alone"),
     },
     "Asking a model": {
-        "model-path": _is("--model", note="of generate and evaluate"),
+        "model-path": _is("--model", note="of generate, chat and evaluate"),
         "model-base": _none(
             "a run by LoRA knows its base; for an adapter alone, tools/convert_weights.py merge-lora"
         ),
-        "image-file": _is("--image", note="of generate; repeated for several"),
+        "image-file": _is("--image", note="of generate and chat; repeated for several"),
         "query": _is("--prompt", note="of generate"),
-        "conv-mode": _is("--template", note="of generate and evaluate; the model's own unless set"),
+        "conv-mode": _is("--template", note="of generate, chat and evaluate; the model's own unless set"),
+        "default_system": _is(
+            "--system", note="of generate and chat; in training a record's 'system' replaces the template's"
+        ),
         "question-file": _is(
             "--questions", note="of evaluate; as it is, and right answers in it are compared"
         ),
@@ -384,16 +390,19 @@ TABLE: dict[str, dict[str, Counterpart]] = {
         "result-file": _is("--answers", note="of score, for POPE and ScienceQA"),
         "annotation-dir": _is("--pope", note="of score"),
         "base-dir": _is("--science_qa", note="of score"),
-        "load-8bit": _none("models answer in --dtype; lora.quantization is for training"),
-        "load-4bit": _none("models answer in --dtype; lora.quantization is for training"),
+        "load-8bit": _is("--quantization", note="int8, of generate, chat and evaluate"),
+        "load-4bit": _is("--quantization", note="nf4, of generate, chat and evaluate"),
         "do_sample": _is(
-            "--temperature", note="of generate: above 0 draws, 0 does not; other answers are never drawn"
+            "--temperature",
+            note="of generate and chat: above 0 draws, 0 does not; other answers are never drawn",
         ),
-        "temperature": _is("--temperature", note="of generate; 0 unless set: the likeliest tokens"),
-        "top_p": _is("--top_p", note="of generate"),
-        "top_k": _none("--temperature and --top_p of generate say how tokens are drawn"),
+        "temperature": _is("--temperature", note="of generate and chat; 0 unless set: the likeliest tokens"),
+        "top_p": _is("--top_p", note="of generate and chat"),
+        "top_k": _is("--top_k", note="of generate and chat; 0 unless set: drawn of all tokens"),
         "num_beams": _none("answers are not searched for with beams"),
-        "repetition_penalty": _none("tokens are drawn as the model scores them"),
+        "repetition_penalty": _is(
+            "--repetition_penalty", note="of generate and chat; images count as nothing"
+        ),
     },
     "Code": {
         "BaseTrainingRecipe": _none(

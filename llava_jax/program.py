@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llava_jax.compiler import as_precise_as, compiler_options
 from llava_jax.config import Config
-from llava_jax.models.quantization import Quantization
+from llava_jax.models.quantization import Quantization, quantized_kernels
 from llava_jax.optimizer import make_optimizer
 from llava_jax.sharding import (
     attention_placement,
@@ -98,9 +98,7 @@ class Program:
 
     def quantized(self) -> dict[str, Quantization]:
         """How kernels are quantised, by the names of those that are."""
-        quantization = Quantization.of(self.config.lora)
-        kernels = {kernel_name(name): name for name in self._model[1]}
-        return {kernel: quantization for kernel, name in kernels.items() if kernel != name}
+        return quantized_kernels(self._model[1], Quantization.of(self.config.lora))
 
     def abstract_state(self) -> TrainState:
         """What a train step takes and gives back, and what a checkpoint holds."""

@@ -33,10 +33,30 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def abstract_model(config: ModelConfig, **how) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    """The network's structure and its parameters' shapes by name; nothing is allocated. `how` goes to LLaVA."""
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: LLaVA(config, rngs=nnx.Rngs(0), **how)))
+def abstract_model(
+    config: ModelConfig,
+    *,
+    quantization: Quantization | None = None,
+    gather_codes: Callable = lambda name, leaf: leaf,
+    **how,
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """The network's structure and its parameters' shapes by name; nothing is allocated. `how` goes to LLaVA.
+
+    quantization: of the decoder's kernels. gather_codes is applied to each leaf of a quantised kernel, by name, before
+    it is unpacked.
+    """
+
+    def make():
+        model = LLaVA(config, rngs=nnx.Rngs(0), **how)
+        return _quantize_decoder(model, quantization, gather_codes) if quantization else model
+
+    graphdef, params = nnx.split(nnx.eval_shape(make))
     return graphdef, flatten_dict(nnx.to_pure_dict(params), sep=".")
+
+
+def _quantize_decoder(model: LLaVA, quantization: Quantization, gather_codes: Callable) -> LLaVA:
+    names = linear_layers("language_model", model.config)
+    return quantize(model, PREFIXES["language_model"], names, quantization, gather_codes)
 
 
 def abstract_tuned_model(
@@ -46,7 +66,7 @@ def abstract_tuned_model(
     stacks cut where only a part trains.
 
     -> structure, parameters' shapes by name, and the shapes of the dropout keys that `make_train_step` draws (none
-    without dropout). gather_codes is applied to each leaf of a quantised kernel, by name, before it is unpacked.
+    without dropout). gather_codes: as for `abstract_model`.
     """
     lora = config.lora
 
@@ -57,8 +77,7 @@ def abstract_tuned_model(
             part.layers = CutStack(part.layers, spans)
         quantization = Quantization.of(lora)
         if quantization:
-            names = linear_layers("language_model", config.model)
-            quantize(model, PREFIXES["language_model"], names, quantization, gather_codes)
+            _quantize_decoder(model, quantization, gather_codes)
         targets = {PREFIXES[module]: names for module, names in lora_targets(config).items()}
         rate = lora.dropout if dropout else 0.0
         return add_lora(model, targets, rank=lora.rank, scale=lora.scale, dropout=rate)

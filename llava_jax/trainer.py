@@ -151,10 +151,10 @@ def _run_stages(
         ):
             results[stage.name] = train_stage(stage, weights, mesh, log)
         # Training has verified its checkpoint, or just written it.
-        weights = after_stage(weights, stage.config, stage.checkpoints, verify=False)
+        before, weights = weights, after_stage(weights, stage.config, stage.checkpoints, verify=False)
     if is_first():
         report.write_training(workdir, results, log.rows())
-    answer_at_end(stages[-1], weights, tokenizer, mesh, workdir)
+    answer_at_end(stages[-1], before, tokenizer, mesh, workdir)
     if is_first():
         write_model_card(workdir, recipe, {stage.name: stage.pipeline.summary() for stage in stages})
         if last.export.layout:

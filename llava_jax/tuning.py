@@ -11,6 +11,7 @@ from llava_jax.config import (
     ConfigError,
     ModelConfig,
     OptimizerConfig,
+    TextConfig,
     layer_range,
     one_of,
     require,
@@ -178,7 +179,7 @@ def check(config: Config) -> None:
     lora_targets(config)
     for module in PREFIXES:
         chosen_layers(module, config)
-    _check_blocks(config)
+    check_blocks("lora.quantization", config.lora.quantization, config.model.text)
     for name in split_names(config.tune.vision_tower_modules):
         require(
             config.model.vision.model_type == CLIP or name not in ("class_embedding", "pre_layrnorm"),
@@ -214,17 +215,17 @@ def check_images(config: Config, num_images: int) -> None:
     )
 
 
-def _check_blocks(config: Config) -> None:
-    text = config.model.text
-    for key, inputs in {
+def check_blocks(key: str, quantization: str, text: TextConfig) -> None:
+    """Raises ConfigError, naming the setting, if it asks for blocks that the decoder's kernels cannot be cut into."""
+    for width, inputs in {
         "hidden_size": text.hidden_size,
         "num_attention_heads * head_dim": text.num_attention_heads * text.head_dim,
         "intermediate_size": text.intermediate_size,
     }.items():
         require(
-            config.lora.quantization != "nf4" or inputs % NF4_BLOCK == 0,
-            f"lora.quantization='nf4' scales kernels by blocks of {NF4_BLOCK} inputs, but model.text.{key} = {inputs} is no "
-            "multiple of that; set lora.quantization='int8'.",
+            quantization != "nf4" or inputs % NF4_BLOCK == 0,
+            f"{key}='nf4' scales kernels by blocks of {NF4_BLOCK} inputs, but model.text.{width} = {inputs} is no "
+            f"multiple of that; set {key}='int8'.",
         )
 
 

@@ -296,12 +296,13 @@ def open_any(path: str, *, vision_tower: str = "", needs_tower: bool = True) -> 
     The base that an adapter names may be each of them too. The other arguments are those of `open_model`.
     """
     local = Path(path).expanduser()
-    if _is_run(local):
+    if is_run(local):
         return open_run(local)
     return open_model(path, vision_tower=vision_tower, needs_tower=needs_tower, open_base=open_any)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a training run wrote this directory."""
     try:
         return json.loads((path / "config.json").read_text()).get("format") == RUN_FORMAT
     except (OSError, ValueError, AttributeError):
@@ -310,13 +311,21 @@ def _is_run(path: Path) -> bool:
 
 def open_run(workdir: Path) -> ModelSource:
     """The model that a training run ended with, or has reached."""
+    return restored(*open_trained(workdir))
+
+
+def open_trained(workdir: Path) -> tuple[ModelSource, Config]:
+    """The same in the form in which the run's last stage trains it, adapters not merged, and that stage's settings."""
     workdir = workdir.expanduser()
     stages = run_stages(workdir)
+    *earlier, last = stages
+    config = stages[last]
     weights = initial_weights(next(iter(stages.values())))
-    for name, config in stages.items():
-        weights = after_stage(weights, config, checkpoint_directory(workdir, name), verify=True)
-    last = next(reversed(stages.values())).data
-    return dataclasses.replace(weights, template=last.template, image_aspect_ratio=last.image_aspect_ratio)
+    for name in earlier:
+        weights = after_stage(weights, stages[name], checkpoint_directory(workdir, name), verify=True)
+    weights = as_trained(weights, config, checkpoint_directory(workdir, last), verify=True)
+    how = dict(template=config.data.template, image_aspect_ratio=config.data.image_aspect_ratio)
+    return dataclasses.replace(weights, **how), config
 
 
 def run_stages(workdir: Path) -> dict[str, Config]:
@@ -465,7 +474,7 @@ def _with_projector(weights: ModelSource, config: Config) -> ModelSource:
     """`weights` with the projector of `init.projector` and, as in the original, the embeddings of <im_start> and <im_end>
     that were trained with it."""
     path, model = config.init.projector, config.model
-    source = open_run(Path(path)) if _is_run(Path(path)) else open_projector(path)
+    source = open_run(Path(path)) if is_run(Path(path)) else open_projector(path)
     weights = weights.with_leaves(_projector(path, source, model))
     learnt = source.config is None or source.config.use_im_start_end  # of a file only its tensors tell
     if not (model.use_im_start_end and learnt and EMBEDDING in weights.leaves and weights.tokenizer_path):

@@ -34,7 +34,8 @@ from llava_jax.convert.source import ModelSource
 from llava_jax.data import tiles
 from llava_jax.data.image_processor import ImageLayout, ImageProcessor, row_feature_ids
 from llava_jax.data.tokenizer import load_tokenizer
-from llava_jax.generation import continue_prompts, expand_prompt, left_pad, open_generator
+from llava_jax.decoding import GREEDY, continue_prompts
+from llava_jax.generation import expand_prompt, left_pad, open_generator
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models import llava
 from llava_jax.models.llava import IMAGE_TOKEN, insert_image_features
@@ -185,7 +186,7 @@ def test_a_tiled_prompt_continues_alone_as_in_a_batch(source, pictures):
         images = [[tile for path in shown[i] for tile in processor.read(path)] for i in rows]
         batch = left_pad([tokens for tokens, _ in expanded], images, 28, [ids for _, ids in expanded])
         how = dict(graphdef=graphdef, max_new_tokens=4, end_ids=(-1,), sample=False)
-        return np.asarray(continue_prompts(parameters, batch, jax.random.key(0), 0.0, 1.0, **how)).tolist()
+        return np.asarray(continue_prompts(parameters, batch, jax.random.key(0), GREEDY, **how)).tolist()
 
     together = continue_rows([0, 1, 2])
     assert together == [continue_rows([i])[0] for i in range(3)]

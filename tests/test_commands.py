@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
+def run(*arguments: str, cwd=ROOT, typed: str = "") -> subprocess.CompletedProcess:
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=cwd,
         env=environment,
+        input=typed,
         capture_output=True,
         text=True,
         timeout=300,
@@ -88,6 +89,29 @@ def test_generate_answers_from_a_run_and_from_its_export(finished_run, shapes_da
     )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) >= 2
+
+
+def test_chat_answers_questions_until_there_is_none(finished_run, shapes_dataset):
+    (image, *_) = sorted(Path(f"{shapes_dataset}/images").glob("test_*"))
+    how = (
+        f"--model={finished_run}",
+        f"--image={image}",
+        "--dtype=float32",
+        "--max_new_tokens=6",
+        "--system=",
+    )
+    typed = "What color is the ring?\nAnd <image>?\nWhere is it?\nclear\nWhat color is the ring?\nexit\nNo?\n"
+    chat = run("llava_jax.chat", *how, typed=typed)
+    assert chat.returncode == 0, chat.stderr
+    first, *lines = [line for line in chat.stdout.splitlines() if not line.startswith("attention: ")]
+    assert "An empty line or `exit` ends the conversation" in first
+    assert [line[:2] for line in lines] == ["> "] * len(lines)
+    answers = "".join(lines).split("> ")[1:]
+    assert len(answers) == 6 and answers[0] == answers[4] and answers[1] == answers[5] == ""
+    assert chat.stderr.startswith("error: the conversation has 2 <image> for 1 images")
+    assert len(chat.stderr.splitlines()) == 1
+    single = run("llava_jax.generate", *how, "--prompt=What color is the ring?")
+    assert single.stdout.splitlines()[-1] == answers[0] != ""
 
 
 def test_evaluate_gives_the_accuracy_and_the_answers_of_the_run(finished_run, shapes_dataset, tmp_path):
@@ -284,7 +308,7 @@ def test_all_wrong_names_of_a_command_line_are_answered_at_once(recipe):
 
 
 def test_a_command_without_flags_is_told_which_it_needs():
-    for command, flag in (("train", "config"), ("generate", "model"), ("plan", "config")):
+    for command, flag in (("train", "config"), ("generate", "model"), ("chat", "model"), ("plan", "config")):
         result = run(f"llava_jax.{command}")
         assert result.returncode == 10
         assert f"error: --{flag} is missing: A " in result.stderr
@@ -303,10 +327,10 @@ def test_flags_of_other_programs_that_answer_are_answered_without_settings():
     result = run("llava_jax.generate", *line.split())
     assert result.returncode == 10
     assert result.stderr[result.stderr.index("error: ") :].splitlines() == [
-        "error: There is no flag --model-path. `model-path` is `--model` here: of generate and evaluate.",
-        "There is no flag --image-file. `image-file` is `--image` here: of generate; repeated for several.",
-        "There is no flag --conv-mode. `conv-mode` is `--template` here: of generate and evaluate; the model's own "
-        "unless set.",
+        "error: There is no flag --model-path. `model-path` is `--model` here: of generate, chat and evaluate.",
+        "There is no flag --image-file. `image-file` is `--image` here: of generate and chat; repeated for several.",
+        "There is no flag --conv-mode. `conv-mode` is `--template` here: of generate, chat and evaluate; the "
+        "model's own unless set.",
         "There is no flag --max-new-tokens. Did you mean --max_new_tokens? (--help lists the flags, docs/recipes.md the "
         "settings.)",
     ]
@@ -376,7 +400,7 @@ def test_keys_of_another_trainers_file_are_answered_one_by_one(tmp_path, flag):
     ]
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "check_data"])
+@pytest.mark.parametrize("command", ["train", "generate", "chat", "evaluate", "check_data"])
 def test_help_lists_the_flags(command):
     result = run(f"llava_jax.{command}", "--help")
     flag = {"train": "--workdir", "check_data": "--report"}.get(command, "--model")

@@ -1,35 +1,50 @@
-"""Generation against Hugging Face's, batches against single rows, and sampling's limits."""
+"""Generation against Hugging Face's, batches against single rows, sampling's limits, and quantised networks."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from llava_jax.config import ConfigError, EvaluateConfig, MeshConfig
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.source import ModelSource
 from llava_jax.data.question_file import read_questions
 from llava_jax.data.tokenizer import load_tokenizer
+from llava_jax.decoding import GREEDY, Sampling, _narrowed, continue_prompts, read_prompts
 from llava_jax.evaluation import evaluate
-from llava_jax.generation import _sample, continue_prompts, left_pad, open_generator
+from llava_jax.generation import Generator, left_pad, open_generator
 from llava_jax.models.llava import IMAGE_TOKEN
+from llava_jax.models.quantization import Quantization
 from llava_jax.sharding import make_mesh
 from llava_jax.step import abstract_model
 from llava_jax.weights import complete
 from tests.test_models import HF_IMAGE_TOKEN, llama, make_hf_model
+from tests.test_quantization import with_unpacked_kernels
 
 NO_END = -1  # no token ends a row, so that all new tokens are compared
 
 
-def continue_greedily(source, prompts, images, num_tokens=8, end_ids=(NO_END,)):
+def placed(source, prompts, images):
+    """A network's parameters and structure, and the prompts as its batch."""
     config = source.config
-    graphdef, _ = abstract_model(config)
     parameters = {name: jnp.asarray(source.read(name)) for name in source.names()}
     expanded = [p.repeat(np.where(p == IMAGE_TOKEN, config.num_image_tokens, 1)) for p in prompts]
-    batch = left_pad(expanded, images, config.vision.image_size)
-    how = dict(graphdef=graphdef, max_new_tokens=num_tokens, end_ids=end_ids, sample=False)
-    return np.asarray(continue_prompts(parameters, batch, jax.random.key(0), 0.0, 1.0, **how))
+    return parameters, abstract_model(config)[0], left_pad(expanded, images, config.vision.image_size)
+
+
+def continue_all(source, prompts, images, num_tokens=8, end_ids=(NO_END,), sampling=GREEDY):
+    parameters, graphdef, batch = placed(source, prompts, images)
+    how = dict(graphdef=graphdef, max_new_tokens=num_tokens, end_ids=end_ids, sample=sampling.temperature > 0)
+    return np.asarray(continue_prompts(parameters, batch, jax.random.key(0), sampling, **how))
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +64,10 @@ def make_prompts():
     return prompts, images
 
 
-def test_greedy_tokens_equal_hugging_face(model):
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_greedy_tokens_equal_hugging_face(model, penalty):
     hf, source = model
+    penalize = RepetitionPenaltyLogitsProcessor(penalty)
     prompts, images = make_prompts()
     for prompt, its_images in zip(prompts, images, strict=True):
         ids = prompt.repeat(np.where(prompt == IMAGE_TOKEN, source.config.num_image_tokens, 1))
@@ -59,38 +76,76 @@ def test_greedy_tokens_equal_hugging_face(model):
         expected = []
         for _ in range(8):  # without a cache, and over our vocabulary only
             with torch.no_grad():
-                logits = hf(input_ids=ids, pixel_values=pixels).logits[0, -1, : source.config.text.vocab_size]
+                logits = hf(input_ids=ids, pixel_values=pixels).logits[:, -1, : source.config.text.vocab_size]
+            logits = penalize(ids[ids != HF_IMAGE_TOKEN][None], logits)
             expected.append(int(logits.argmax()))
             ids = torch.cat([ids, torch.tensor([[expected[-1]]])], dim=1)
-        assert continue_greedily(source, [prompt], [its_images])[0].tolist() == expected
+        found = continue_all(
+            source, [prompt], [its_images], sampling=GREEDY._replace(repetition_penalty=penalty)
+        )
+        assert found[0].tolist() == expected
+        assert penalty == 1 or len({*prompt.tolist(), *expected}) == len({*prompt.tolist()}) + len(expected)
 
 
-def test_a_batch_continues_like_its_rows_alone(model):
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_a_batch_continues_like_its_rows_alone(model, penalty):
     prompts, images = make_prompts()
-    together = continue_greedily(model[1], prompts, images)
+    how = dict(sampling=GREEDY._replace(repetition_penalty=penalty))
+    together = continue_all(model[1], prompts, images, **how)
     for row, prompt in enumerate(prompts):
-        assert together[row].tolist() == continue_greedily(model[1], [prompt], [images[row]])[0].tolist()
+        assert together[row].tolist() == continue_all(model[1], [prompt], [images[row]], **how)[0].tolist()
+
+
+def test_only_a_row_s_own_text_counts_as_repeated(tiny_config):
+    prompts = [np.array([5, IMAGE_TOKEN, 9]), np.array([7, 8, 5, 9])]
+    images = [[np.zeros((32, 32, 3), np.uint8)], []]
+    source = complete(ModelSource("parts", tiny_config.model, {}), seed=0)
+    parameters, graphdef, batch = placed(source, prompts, images)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    rows = read_prompts(parameters, batch, graphdef=graphdef, num_slots=70, mesh=mesh)
+    for seen, prompt in zip(rows.seen, prompts, strict=True):
+        assert np.flatnonzero(seen).tolist() == sorted({*prompt.tolist()} - {IMAGE_TOKEN})
 
 
 def test_a_row_that_has_ended_stays_ended_whichever_token_ends_it(model):
     prompts, images = make_prompts()
-    free = continue_greedily(model[1], prompts, images)
+    free = continue_all(model[1], prompts, images)
     last = int(free[0, 3])
     for end_ids in ((last,), (NO_END, last)):
-        ended = continue_greedily(model[1], prompts, images, end_ids=end_ids)
+        ended = continue_all(model[1], prompts, images, end_ids=end_ids)
         for row, tokens in zip(free.tolist(), ended.tolist(), strict=True):
             end = row.index(last) + 1 if last in row else len(row)
             assert tokens == row[:end] + [end_ids[0]] * (len(row) - end)
 
 
-def test_sampling_draws_from_the_smallest_set_of_the_asked_probability():
-    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
-    draws = np.asarray(_sample(logits, jax.random.key(0), 1.0, 0.7))
-    assert set(draws.tolist()) == {0, 1}  # 0.5 does not reach 0.7, 0.8 does
-    assert abs((draws == 0).mean() - 0.5 / 0.8) < 0.03
-    assert set(np.asarray(_sample(logits, jax.random.key(0), 1.0, 1.0)).tolist()) == {0, 1, 2, 3}
-    cold = np.asarray(_sample(logits, jax.random.key(0), 0.05, 1.0))
-    assert (cold == 0).mean() > 0.99
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.7),
+        Sampling(1.0, top_p=0.8),
+        Sampling(1.0, top_k=5),
+        Sampling(1.3, top_p=0.6, top_k=20),
+        Sampling(1.0, top_p=0.3, top_k=500),  # more than there are
+        Sampling(2.0, top_p=0.0),
+    ],
+)
+def test_what_is_drawn_and_how_likely_equals_hugging_face(sampling):
+    logits = 3 * np.random.default_rng(0).normal(size=(7, 90)).astype(np.float32)
+    expected = TemperatureLogitsWarper(sampling.temperature)(None, torch.tensor(logits))
+    if sampling.top_k:
+        expected = TopKLogitsWarper(sampling.top_k)(None, expected)
+    expected = TopPLogitsWarper(sampling.top_p)(None, expected).numpy()
+    np.testing.assert_allclose(_narrowed(jnp.asarray(logits), sampling), expected, rtol=1e-6)
+
+
+def test_draws_differ_and_of_one_token_are_greedy(model):
+    prompts, images = make_prompts()
+    greedy = continue_all(model[1], prompts, images)
+    hot = continue_all(model[1], prompts, images, sampling=Sampling(5.0))
+    assert (hot != greedy).any() and (hot[:, 1:] != hot[:, :-1]).any()
+    np.testing.assert_array_equal(
+        continue_all(model[1], prompts, images, sampling=Sampling(5.0, top_k=1)), greedy
+    )
 
 
 @pytest.fixture
@@ -109,6 +164,54 @@ def test_prompts_that_leave_no_room_are_refused(generator):
 def test_answers_end_where_the_positions_do(generator):
     (tokens,) = generator.generate([np.full(250, 5)], [[]], max_new_tokens=100)
     assert len(tokens) <= 6
+
+
+@pytest.fixture
+def wide_source(tiny_config) -> ModelSource:
+    """Weights of a decoder whose kernels have whole blocks of inputs."""
+    text = dataclasses.replace(
+        tiny_config.model.text, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=16
+    )
+    return complete(ModelSource("parts", dataclasses.replace(tiny_config.model, text=text), {}), seed=0)
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_a_quantised_network_says_what_it_says_with_its_kernels_unpacked(generator, wide_source, method):
+    tokenizer, mesh = generator.tokenizer, generator.mesh
+    how = dict(template="v1", dtype="float32")
+    found = open_generator(wide_source, tokenizer, mesh, quantization=method, **how)
+    kernels = [name for name in found.parameters if name.startswith("language_model.layers.")]
+    assert len([name for name in kernels if name.endswith(f".{method}")]) == 7
+    assert not [name for name in kernels if name.endswith(".kernel")]
+    name = "language_model.layers.mlp.down_proj.kernel"
+    for kind, leaf in Quantization(method).quantize(wide_source.read(name)[1]).items():
+        np.testing.assert_array_equal(found.parameters[f"{name}.{kind}"][1], leaf)
+
+    plain = open_generator(wide_source, tokenizer, mesh, **how)
+    unpacked = Generator(
+        plain.graphdef,
+        with_unpacked_kernels(found.parameters),
+        tokenizer,
+        mesh,
+        template="v1",
+        image_processor=found.image_processor,
+    )
+    prompts = [tokenizer.encode(text) for text in ("What color is the ring?", "Where is it? In the middle?")]
+    prompts = [np.array([IMAGE_TOKEN, *prompt]) for prompt in prompts]
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 1, 32, 32, 3), np.uint8))
+    said = [each.generate(prompts, images, max_new_tokens=24) for each in (found, unpacked, plain)]
+    assert said[0] == said[1]
+    assert method == "int8" or said[1] != said[2]  # the error of int8 is too small for that
+
+
+def test_blocks_that_a_decoder_does_not_have_are_refused(generator, tiny_config):
+    source = complete(ModelSource("parts", tiny_config.model, {}), seed=0)
+    with pytest.raises(
+        ConfigError, match=r"--quantization='nf4' .*hidden_size = 32 .*set --quantization='int8'"
+    ):
+        open_generator(
+            source, generator.tokenizer, generator.mesh, template="v1", dtype="float32", quantization="nf4"
+        )
 
 
 def test_every_question_is_answered_once_and_scored_per_kind(generator, shapes_dataset):

@@ -53,7 +53,8 @@ def test_every_name_of_the_other_trainers_has_a_counterpart_or_a_reason():
 
 def test_what_names_are_mapped_to_exists():
     source = "".join(
-        (ROOT / f"llava_jax/{name}.py").read_text() for name in ("train", "generate", "evaluate", "score")
+        (ROOT / f"llava_jax/{name}.py").read_text()
+        for name in ("train", "generate", "asking", "evaluate", "score")
     )
     known = settings().keys() | {f"--{flag}" for flag in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)}
     mapped = {own for names in TABLE.values() for counterpart in names.values() for own in counterpart.ours}
@@ -163,7 +164,7 @@ def test_a_wrong_type_is_answered_with_what_the_setting_takes():
             "Did you mean pretrain_mm_mlp_adapter? `pretrain_mm_mlp_adapter` is `init.projector` here.",
         ),
         ("load_best_model", ("train.load_best_model_at_end",), ""),
-        ("model_path", ("--model",), "`model_path` is `--model` here: of generate and evaluate."),
+        ("model_path", ("--model",), "`model_path` is `--model` here: of generate, chat and evaluate."),
         ("zzz", (), ""),
     ],
 )

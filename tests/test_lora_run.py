@@ -2,21 +2,24 @@
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llava_jax import trainer
+from llava_jax import evaluation, stage, trainer
 from llava_jax.convert.adapter_export import write_adapter
 from llava_jax.convert.adapters import open_adapter
 from llava_jax.convert.merging import merge
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.ours import write_model
+from llava_jax.generation import load_generator
+from llava_jax.program import Program
 from llava_jax.recipe import parse
 from llava_jax.run_adapter import open_run_adapter
 from llava_jax.sharding import make_mesh
-from llava_jax.weights import initial_weights, open_any, open_run
+from llava_jax.weights import before_stage, initial_weights, open_any, open_run
 from tests.test_trainer import metrics, one_device, parameters, run_until_saved  # noqa: F401 (a fixture)
 from tools.convert_weights import main as convert
 
@@ -169,6 +172,39 @@ def test_a_broken_qlora_run_continues_with_the_same_bits_and_is_merged_into_the_
     change = whole[f"{name}.lora_a"] @ whole[f"{name}.lora_b"]
     expected = before.read(f"{name}.kernel") + 8 / 4 * change
     np.testing.assert_allclose(after.read(f"{name}.kernel"), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_qlora_run_answers_at_its_end_with_the_network_that_it_trained(
+    wide_recipe, base, shapes_dataset, tmp_path, monkeypatch
+):
+    config = tiny("llava15_finetune_qlora", wide_recipe)
+    config.init.update(model=base, tokenizer="")
+    config.train.max_steps = 2
+    config.lora.double_quantization = False
+    config.evaluate.update(
+        path=f"{shapes_dataset}/questions_test.jsonl",
+        image_folder=f"{shapes_dataset}/images",
+        max_new_tokens=4,
+    )
+    recipe, generators, ask = parse(config), [], evaluation.ask
+    monkeypatch.setattr(evaluation, "ask", lambda *of: generators.append(of[0]) or ask(*of))
+    trainer.run(recipe, tmp_path / "run")
+    generators.append(load_generator(str(tmp_path / "run"), dtype="float32", quantization="nf4"))
+    trained = parameters(tmp_path / "run")
+    program = Program(recipe.first, generators[0].mesh, 2)
+    frozen = stage._load_frozen(before_stage(open_model(base), recipe.first), program)[0]
+    assert "language_model.layers.mlp.up_proj.kernel.nf4" in frozen
+    expected = {name: np.asarray(value) for name, value in (trained | frozen).items()}
+    for generator in generators:
+        found = generator.parameters
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+    results, _ = evaluation.evaluate(generators[1], recipe.first.evaluate)
+    assert results.items() <= json.loads((tmp_path / "run/all_results.json").read_text()).items()
+    merged = load_generator(str(tmp_path / "run"), dtype="float32", quantization="int8").parameters
+    assert "language_model.layers.mlp.up_proj.kernel.int8" in merged
+    assert not [name for name in merged if "lora" in name]
 
 
 @pytest.mark.slow

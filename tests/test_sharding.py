@@ -32,7 +32,7 @@ from llava_jax.config import (
     VisionConfig,
 )
 from llava_jax.config_values import from_json
-from llava_jax.generation import continue_prompts
+from llava_jax.decoding import GREEDY, continue_prompts
 from llava_jax.models.llava import IMAGE_TOKEN
 from llava_jax.program import Program
 from llava_jax.recipe import vicuna
@@ -387,8 +387,7 @@ def test_a_mesh_generates_what_one_device_does():
             parameters,
             placed,
             jax.random.key(0),
-            0.0,
-            1.0,
+            GREEDY,
             graphdef=graphdef,
             max_new_tokens=6,
             end_ids=(2,),

@@ -29,7 +29,7 @@ def uses(path: Path, *names: str) -> list[str]:
     return sorted(m for m in imports(path) if any(m == name or m.startswith(name + ".") for name in names))
 
 
-COMMANDS = ("train", "generate", "evaluate", "score", "check_data", "plan")
+COMMANDS = ("train", "generate", "chat", "evaluate", "score", "check_data", "plan")
 # A file may import from its own line and the lines above it.
 FLOORS = (
     (
@@ -59,6 +59,7 @@ FLOORS = (
     (
         "convert",
         "step",
+        "decoding",
         "recorder",
         "memory_peak",
         "profiling",
@@ -79,7 +80,7 @@ FLOORS = (
         "trainer_state",
         "validation",
     ),
-    ("evaluation",),
+    ("asking", "dialogue", "evaluation"),
     ("answer_samples", "stage"),
     ("final_evaluation",),
     ("trainer",),

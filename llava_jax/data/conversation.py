@@ -130,28 +130,32 @@ def render_prompt(
     num_images: int,
     image_markers: bool = False,
     system: str | None = None,
+    earlier: Sequence[tuple[str, str]] = (),
 ) -> np.ndarray:
     """Writes a question so that the assistant's answer comes next -> tokens int32[T].
 
-    All is written as in training, with every template. A question without any placeholder gets each on a line of
-    its own in front. Raises DataError if their number is not `num_images`.
+    All is written as in training, with every template. earlier: the turns before it, as for `tokenize`. Where no text
+    has a placeholder, each gets a line of its own in front of the question. Raises DataError if their number is not
+    `num_images`.
     """
     template.check(tokenizer)
-    if num_images and PLACEHOLDER not in question:
-        question = f"{PLACEHOLDER}\n" * num_images + question
-    if num_images == 1:
-        question = _image_first(question)
     if any("\ud800" <= character <= "\udfff" for character in question):
         raise DataError("the question holds half of a surrogate pair, which is no character.")
-    found = question.count(PLACEHOLDER)
+    if num_images and not any(PLACEHOLDER in text for text in (question, *(text for _, text in earlier))):
+        question = f"{PLACEHOLDER}\n" * num_images + question
+    turns = [*earlier, ("human", question)]
+    if num_images == 1:
+        turns = [(role, _image_first(text)) for role, text in turns]
+    found = sum(text.count(PLACEHOLDER) for text in (system or "", *(text for _, text in turns)))
     if found != num_images:
-        raise DataError(f"the question has {found} {PLACEHOLDER} for {num_images} images: {question[:60]!r}.")
+        what = "conversation" if earlier else "question"
+        raise DataError(f"the {what} has {found} {PLACEHOLDER} for {num_images} images: {question[:60]!r}.")
     if template.caption_only:
         text = PLACEHOLDER * num_images
     else:
         open_ended = dataclasses.replace(template, closing="")
         spans = render(
-            [("human", question)],
+            turns,
             open_ended,
             num_images=num_images,
             image_markers=image_markers,

@@ -25,6 +25,7 @@ from flax import nnx
 from llava_jax.config import LoraConfig
 from llava_jax.models.linear import Linear
 from llava_jax.tuning import NF4_BLOCK as BLOCK
+from llava_jax.tuning import kernel_name
 
 # The values of bitsandbytes' NF4 (Appendix E of the paper).
 NF4 = (
@@ -205,6 +206,11 @@ class QuantizableLinear(Linear):
             # The two passes are loops of their own, so that XLA cannot merge what they unpack.
             product = jax.checkpoint(product, prevent_cse=False)
         return product(x)
+
+
+def quantized_kernels(names: Iterable[str], quantization: Quantization | None) -> dict[str, Quantization]:
+    """The kernels of which some of a network's parameters of these names are leaves."""
+    return {kernel: quantization for name in names if (kernel := kernel_name(name)) != name}
 
 
 def quantize(

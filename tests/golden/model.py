@@ -11,7 +11,8 @@ import numpy as np
 
 from llava_jax.convert.names import model_rows, spell
 from llava_jax.convert.opening import open_model
-from llava_jax.generation import continue_prompts, left_pad
+from llava_jax.decoding import GREEDY, continue_prompts
+from llava_jax.generation import left_pad
 from llava_jax.kernels.cross_entropy import supervised_cross_entropy
 from llava_jax.models.llava import IMAGE_TOKEN
 from llava_jax.step import abstract_model, bind
@@ -198,7 +199,7 @@ def _check_generation(name: str, model, runs: list[dict], data: dict) -> Iterato
     for rows in ([0], list(range(len(runs)))):  # alone and batched
         batch = left_pad([prompts[i] for i in rows], [images[i] for i in rows], config.vision.image_size)
         how = dict(graphdef=graphdef, max_new_tokens=len(runs[0]["tokens"]), end_ids=(2,), sample=False)
-        found = np.asarray(continue_prompts(parameters, batch, jax.random.key(0), 0.0, 1.0, **how))
+        found = np.asarray(continue_prompts(parameters, batch, jax.random.key(0), GREEDY, **how))
         for i, tokens in zip(rows, found.tolist(), strict=True):
             same = tokens == data[f"g{i}_tokens"].tolist()
             problem = None if same else f"generated {tokens}, not {data[f'g{i}_tokens'].tolist()}"
