@@ -14,6 +14,7 @@ from llava_jax.convert.adapters import open_adapter
 from llava_jax.convert.merging import merge
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.ours import write_model
+from llava_jax.data.question_file import read_questions
 from llava_jax.generation import load_generator
 from llava_jax.program import Program
 from llava_jax.recipe import parse
@@ -187,7 +188,7 @@ def test_a_qlora_run_answers_at_its_end_with_the_network_that_it_trained(
         max_new_tokens=4,
     )
     recipe, generators, ask = parse(config), [], evaluation.ask
-    monkeypatch.setattr(evaluation, "ask", lambda *of: generators.append(of[0]) or ask(*of))
+    monkeypatch.setattr(evaluation, "ask", lambda *of, **how: generators.append(of[0]) or ask(*of, **how))
     trainer.run(recipe, tmp_path / "run")
     generators.append(load_generator(str(tmp_path / "run"), dtype="float32", quantization="nf4"))
     trained = parameters(tmp_path / "run")
@@ -200,7 +201,8 @@ def test_a_qlora_run_answers_at_its_end_with_the_network_that_it_trained(
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value, err_msg=name)
-    results, _ = evaluation.evaluate(generators[1], recipe.first.evaluate)
+    asked = recipe.first.evaluate
+    results, _ = evaluation.evaluate(generators[1], read_questions(asked.path), asked, model_id="run")
     assert results.items() <= json.loads((tmp_path / "run/all_results.json").read_text()).items()
     merged = load_generator(str(tmp_path / "run"), dtype="float32", quantization="int8").parameters
     assert "language_model.layers.mlp.up_proj.kernel.int8" in merged
