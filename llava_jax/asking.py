@@ -34,7 +34,9 @@ flags.mark_flag_as_required("model")
 def open_model() -> "Generator":
     """The model that the flags name."""
     from llava_jax.generation import load_generator
+    from llava_jax.gpus import require_found
 
+    require_found()
     return load_generator(
         MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value, quantization=QUANTIZATION.value
     )

@@ -133,7 +133,9 @@ def _config() -> "EvaluateConfig":
 
 def _load() -> "Generator":
     from llava_jax.generation import load_generator
+    from llava_jax.gpus import require_found
 
+    require_found()
     return load_generator(
         MODEL.value, template=TEMPLATE.value, dtype=DTYPE.value, quantization=QUANTIZATION.value
     )

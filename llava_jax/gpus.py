@@ -41,5 +41,5 @@ def require_found() -> None:
         raise ConfigError(
             "This machine has an NVIDIA GPU, and JAX found only the CPU. Either its CUDA packages are missing: pip install "
             "-c constraints.txt -e '.[cuda13]', or '.[cuda12]'; or they cannot start, and python -c 'import jax; "
-            "jax.devices()' says why. JAX_PLATFORMS=cpu in the environment trains on the CPU."
+            "jax.devices()' says why. JAX_PLATFORMS=cpu in the environment says that the CPU will do."
         )
