@@ -2,11 +2,9 @@
 
 import json
 import sys
-from functools import cached_property
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,10 +18,9 @@ from llava_jax.data.templates import get_template
 from llava_jax.data.tokenizer import Tokenizer
 from llava_jax.errors import DataError
 from llava_jax.evaluation import ask, compared
-from llava_jax.generation import Generator
+from llava_jax.generation import Generator, trained_network
 from llava_jax.metrics import write_atomically
 from llava_jax.processes import is_first
-from llava_jax.step import abstract_tuned_model
 
 
 class AnswerSamples:
@@ -38,12 +35,15 @@ class AnswerSamples:
         self.tokenizer = tokenizer
         self.processor = ImageProcessor.from_config(config.data, config.model)
         self.directory = directory
+        self._graphdef: nnx.GraphDef | None = None  # of the network on the stage's mesh
         self.questions = choose_questions(
             config, sets, tokenizer, config.evaluate.samples, "evaluate.samples"
         )
 
     def answer(self, step: int, parameters: dict[str, jax.Array], mesh: Mesh) -> list[dict]:
         """Asks the stage's network with all its parameters, those after `step`; -> question and answer by row."""
+        if self._graphdef is None:
+            self._graphdef, _ = trained_network(self.config, mesh, self.config.train.dtype)
         generator = Generator(
             self._graphdef,
             parameters,
@@ -68,10 +68,6 @@ class AnswerSamples:
         for later in self._steps():
             if later > step and is_first():
                 (self.directory / f"{later}.jsonl").unlink()
-
-    @cached_property
-    def _graphdef(self) -> nnx.GraphDef:
-        return abstract_tuned_model(self.config, dropout=False, dtype=jnp.dtype(self.config.train.dtype))[0]
 
     def _write(self, step: int, rows: list[dict]) -> None:
         """A full disk is told; training goes on."""

@@ -16,7 +16,8 @@ def read_answers(path: str) -> list[dict]:
     index = JsonIndex(path, "--answers")
     answers = [index[number] for number in range(len(index))]
     for number, answer in enumerate(answers):
-        if not isinstance(answer, dict) or not {"question_id", "prompt", "text"} <= answer.keys():
+        fits = isinstance(answer, dict) and isinstance(answer.get("question_id"), str | int)
+        if not fits or not all(isinstance(answer.get(key), str) for key in ("prompt", "text")):
             raise DataError(
                 f"{path}:{index.line(number)}: an answer has question_id, prompt and text; name a file that "
                 "llava_jax.evaluate --questions=FILE --predictions=FILE wrote."
@@ -85,13 +86,18 @@ def score_science_qa(answers: Sequence[dict], directory: str, split: str) -> dic
     directory: holds ScienceQA's pid_splits.json and problems.json. The unanswered count as wrong.
     """
     splits, problems = (_read(Path(directory) / name) for name in ("pid_splits.json", "problems.json"))
+    numbers = {name: problem.get("answer") for name, problem in problems.items() if isinstance(problem, dict)}
     if split not in splits:
         raise DataError(f"--split={split}: {directory}/pid_splits.json has {', '.join(splits)}.")
     by_id = {answer["question_id"]: answer for answer in answers}
     right, right_about_images = [], []
     for problem in splits[split]:
+        if numbers.get(problem) not in range(len(_OPTIONS)):
+            raise DataError(
+                f"{directory}/problems.json has no answer from 0 to 4 to {problem!r}, which is in {split}."
+            )
         answer = by_id.get(problem, {"prompt": "", "text": ""})
-        right.append(chosen_letter(answer["text"]) == _OPTIONS[problems[problem]["answer"]])
+        right.append(chosen_letter(answer["text"]) == _OPTIONS[numbers[problem]])
         if "<image>" in answer["prompt"]:
             right_about_images.append(right[-1])
     unanswered = sum(problem not in by_id for problem in splits[split])
@@ -119,8 +125,11 @@ def chosen_letter(text: str) -> str:
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); --science_qa names ScienceQA's own directory."
         ) from error
+    return found

@@ -17,6 +17,9 @@ def main() -> None:
         f"llava_jax: reading {asking.MODEL.value}. An empty line or `exit` ends the conversation, `clear` begins it anew.",
         flush=True,
     )
+    sys.stdin.reconfigure(
+        errors="surrogateescape"
+    )  # a broken character is told, and the conversation goes on
     from llava_jax.dialogue import Dialogue
 
     generator = asking.open_model()

@@ -88,6 +88,8 @@ class Dialogue:
             if len(certain) > len(told):
                 yield certain[len(told) :]
                 told = certain
+        if self.layouts:  # in what follows a placeholder would be the place of an image
+            text = text.replace(PLACEHOLDER, "< image>")
         self.turns += [("human", question), ("gpt", text)]
 
     def prompt(self, question: str) -> tuple[np.ndarray, np.ndarray]:

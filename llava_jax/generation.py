@@ -20,7 +20,7 @@ from llava_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llava_jax.decoding import GREEDY, Sampling, continue_prompts
 from llava_jax.errors import ConfigError
 from llava_jax.models.quantization import Quantization, quantized_kernels
-from llava_jax.sharding import gather_codes, make_mesh, parameter_sharding, replicated
+from llava_jax.sharding import constrain_answers, make_mesh, parameter_sharding, spread_rows
 from llava_jax.step import abstract_model, abstract_tuned_model
 from llava_jax.tuned_weights import restored
 from llava_jax.tuning import check_blocks
@@ -73,9 +73,7 @@ def open_trained_generator(
         merged = restored(weights, stage)
         how = dict(template=template, dtype=dtype, quantization=quantization, data=stage.data)
         return open_generator(merged, tokenizer, mesh, **how)
-    graphdef, shapes, _ = abstract_tuned_model(
-        stage, dropout=False, gather_codes=gather_codes(mesh), dtype=jnp.dtype(dtype)
-    )
+    graphdef, shapes = trained_network(stage, mesh, dtype)
     return Generator(
         graphdef,
         _load(weights, quantized_kernels(shapes, Quantization.of(stage.lora)), dtype, mesh),
@@ -103,9 +101,7 @@ def open_generator(
     config = weights.config
     check_blocks("--quantization", quantization, config.text)
     method = None if quantization == "none" else Quantization(quantization)
-    graphdef, shapes = abstract_model(
-        config, quantization=method, gather_codes=gather_codes(mesh), dtype=jnp.dtype(dtype)
-    )
+    graphdef, shapes = abstract_model(config, quantization=method, **_how_to_run(mesh, dtype))
     return Generator(
         graphdef,
         _load(weights, quantized_kernels(shapes, method), dtype, mesh),
@@ -118,6 +114,15 @@ def open_generator(
     )
 
 
+def trained_network(stage: Config, mesh: Mesh, dtype: str) -> tuple[nnx.GraphDef, dict]:
+    """The network that a stage trains, to answer with: structure and parameters' shapes."""
+    return abstract_tuned_model(stage, dropout=False, **_how_to_run(mesh, dtype))[:2]
+
+
+def _how_to_run(mesh: Mesh, dtype: str) -> dict:
+    return dict(dtype=jnp.dtype(dtype), constrain=constrain_answers(mesh))
+
+
 def _load(
     weights: ModelSource, quantized: dict[str, Quantization], dtype: str, mesh: Mesh
 ) -> dict[str, jax.Array]:
@@ -128,7 +133,8 @@ def _load(
 class Generator:
     """A network and all its parameters by name, on the mesh, ready to continue prompts.
 
-    All processes of a mesh call it with the same arguments and get the same answers.
+    All processes of a mesh call it with the same arguments and get the same answers. Rows are spread over the mesh where
+    its row axes divide their number.
     """
 
     def __init__(
@@ -225,7 +231,7 @@ class Generator:
         batch = left_pad(
             sequences, tiles, self.config.vision.image_size, feature_ids, length=length, slots=slots
         )
-        batch = jax.device_put(batch, replicated(self.mesh))
+        batch = jax.device_put(batch, spread_rows(self.mesh, len(prompts)))
         tokens = continue_prompts(
             self.parameters,
             batch,

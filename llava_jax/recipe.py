@@ -188,8 +188,14 @@ def parse(config_dict: ConfigDict) -> Recipe:
 
     Raises ConfigError on an unknown key (naming the nearest), a wrong type, or values that cannot be.
     """
+    require(
+        isinstance(config_dict, ConfigDict),
+        f"The recipe's get_config() returns a {type(config_dict).__name__}; it should change what "
+        "llava_jax.recipe.default_config() gives, and return that.",
+    )
     fields = _at_home(config_dict.to_dict())
     prepare = fields.pop("prepare", None)
+    require(prepare is None or callable(prepare), f"The recipe's prepare={prepare!r} should be a function.")
     order = fields.pop("stage_order", None)
     if order is None:
         config = build(Config, _without_aliases(fields), "")

@@ -14,6 +14,7 @@ slices, which are told by the devices; GPU hosts may be crossed by any axis.
 `sharding.offload_moments` keeps the moments in pinned host memory between steps.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -293,6 +294,30 @@ def constrain_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """A function that keeps activations [rows, ...] spread over the row axes."""
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def spread_rows(mesh: Mesh, num_rows: int) -> NamedSharding:
+    """The sharding of arrays [rows, ...]: spread over the row axes where these divide the rows, else whole."""
+    return NamedSharding(mesh, PartitionSpec(None if num_rows % num_row_shards(mesh) else ROWS))
+
+
+@functools.cache
+def constrain_answers(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """A function that lays out activations [rows, T, ...] of a network that continues prompts, with its caches; it is the
+    same for every call, so that networks alike are compiled once.
+
+    Rows of many tokens are spread as `spread_rows` says. Those of a single token are whole on every device: they are few,
+    and so it is they that travel. Left to itself, XLA gathers all weights for every token.
+    """
+    rest = PartitionSpec.UNCONSTRAINED
+
+    def constrain(x: jax.Array) -> jax.Array:
+        rows = None if x.shape[1] == 1 else spread_rows(mesh, x.shape[0]).spec[0]
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(mesh, PartitionSpec(rows, *[rest] * (x.ndim - 1)))
+        )
+
+    return constrain
 
 
 def gather_codes(mesh: Mesh) -> Callable[[str, jax.Array], jax.Array]:

@@ -34,29 +34,22 @@ class TrainState:
 
 
 def abstract_model(
-    config: ModelConfig,
-    *,
-    quantization: Quantization | None = None,
-    gather_codes: Callable = lambda name, leaf: leaf,
-    **how,
+    config: ModelConfig, *, quantization: Quantization | None = None, **how
 ) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    """The network's structure and its parameters' shapes by name; nothing is allocated. `how` goes to LLaVA.
-
-    quantization: of the decoder's kernels. gather_codes is applied to each leaf of a quantised kernel, by name, before
-    it is unpacked.
-    """
+    """The network's structure and its parameters' shapes by name; nothing is allocated. quantization: of the decoder's
+    kernels. `how` goes to LLaVA."""
 
     def make():
         model = LLaVA(config, rngs=nnx.Rngs(0), **how)
-        return _quantize_decoder(model, quantization, gather_codes) if quantization else model
+        return _quantize_decoder(model, quantization) if quantization else model
 
     graphdef, params = nnx.split(nnx.eval_shape(make))
     return graphdef, flatten_dict(nnx.to_pure_dict(params), sep=".")
 
 
-def _quantize_decoder(model: LLaVA, quantization: Quantization, gather_codes: Callable) -> LLaVA:
+def _quantize_decoder(model: LLaVA, quantization: Quantization, **how) -> LLaVA:
     names = linear_layers("language_model", model.config)
-    return quantize(model, PREFIXES["language_model"], names, quantization, gather_codes)
+    return quantize(model, PREFIXES["language_model"], names, quantization, **how)
 
 
 def abstract_tuned_model(
@@ -66,7 +59,7 @@ def abstract_tuned_model(
     stacks cut where only a part trains.
 
     -> structure, parameters' shapes by name, and the shapes of the dropout keys that `make_train_step` draws (none
-    without dropout). gather_codes: as for `abstract_model`.
+    without dropout). gather_codes is applied to each leaf of a quantised kernel, by name, before it is unpacked.
     """
     lora = config.lora
 
@@ -77,7 +70,7 @@ def abstract_tuned_model(
             part.layers = CutStack(part.layers, spans)
         quantization = Quantization.of(lora)
         if quantization:
-            _quantize_decoder(model, quantization, gather_codes)
+            _quantize_decoder(model, quantization, gather=gather_codes)
         targets = {PREFIXES[module]: names for module, names in lora_targets(config).items()}
         rate = lora.dropout if dropout else 0.0
         return add_lora(model, targets, rank=lora.rank, scale=lora.scale, dropout=rate)

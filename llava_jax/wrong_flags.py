@@ -26,7 +26,7 @@ def answer(argv: Sequence[str], error: Exception) -> str:
     given = _given(argv)
     if "config" in flags.FLAGS:
         for path in (given.get("config", ""), *argv[1:2]):
-            if path.endswith((".yaml", ".yml", ".json")):
+            if path.endswith((".yaml", ".yml", ".json")) and not path.startswith("-"):
                 return _recipe_of_another_trainer(path)
     return (
         _wrong_names(given)
@@ -58,7 +58,9 @@ def _recipe_of_another_trainer(path: str) -> str:
         "give what differs as --config.KEY=VALUE."
     ]
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        keys = re.findall(r"^\s*\"?(\w+)\"?\s*:", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+        keys = re.findall(
+            r"(?:^|[{,])\s*\"?(\w+)\"?\s*:", Path(path).read_text(encoding="utf-8"), re.MULTILINE
+        )
         lines += [explain(key) or f"`{key}` is not known here." for key in dict.fromkeys(keys)]
     return "\n".join(lines)
 
@@ -210,6 +212,10 @@ def _summary(error: Exception, given: dict[str, str]) -> str:
     message = str(error.args[0] if error.args else error)
     if "Traceback (most recent call last)" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
+    if "has no attribute 'get_config'" in message:
+        return f"--config={given['config']} is no recipe: it has no get_config(), which returns the settings."
+    if message.startswith("get_config() missing"):
+        return f"The recipe {given['config']} wants an argument; write --config={given['config']}:ARGUMENT. ({message})"
     if message.startswith("get_config() takes 0 positional arguments"):
         recipe, _, argument = given["config"].partition(":")
         return f"{recipe} takes no argument, as {argument!r} is one; write --config={recipe}."

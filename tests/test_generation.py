@@ -1,6 +1,7 @@
 """Generation against Hugging Face's, batches against single rows, sampling's limits, and quantised networks."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from llava_jax import generation
 from llava_jax.config import ConfigError, EvaluateConfig, MeshConfig
 from llava_jax.convert.opening import open_model
 from llava_jax.convert.source import ModelSource
@@ -29,6 +31,7 @@ from llava_jax.step import abstract_model
 from llava_jax.weights import complete
 from tests.test_models import HF_IMAGE_TOKEN, llama, make_hf_model
 from tests.test_quantization import with_unpacked_kernels
+from tests.test_sharding import collectives
 
 NO_END = -1  # no token ends a row, so that all new tokens are compared
 
@@ -246,3 +249,47 @@ def test_blind_questions_see_another_picture(generator, shapes_dataset):
     evaluate(generator, read_questions(config.path), config, model_id="m")
     seeing, blind = shown
     assert not any(np.array_equal(a[0], b[0]) for a, b in zip(seeing, blind, strict=True))
+
+
+@pytest.mark.parametrize("method", ["none", "int8"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_rows_and_their_caches_are_spread_over_devices_and_answers_are_those_of_one(
+    generator, wide_source, monkeypatch, sizes, method
+):
+    def open_on(mesh):
+        how = dict(template="v1", dtype="float32", quantization=method)
+        return open_generator(wide_source, generator.tokenizer, mesh, **how)
+
+    calls = []
+    monkeypatch.setattr(
+        generation,
+        "continue_prompts",
+        lambda *of, **how: calls.append((of, how)) or continue_prompts(*of, **how),
+    )
+    rng = np.random.default_rng(0)
+    prompts = [np.array([IMAGE_TOKEN, *rng.integers(3, 500, 5 + row)]) for row in range(16)]
+    images = list(rng.integers(0, 256, (16, 1, 32, 32, 3), np.uint8))
+    several = open_on(make_mesh(MeshConfig(*sizes)))
+    for count in (16, 3):
+        asked = (prompts[:count], images[:count])
+        one = open_on(generator.mesh).generate(*asked, max_new_tokens=6)
+        assert several.generate(*asked, max_new_tokens=6) == one
+    of, how = calls[1]
+    hlo = continue_prompts.lower(*of, **how).compile().as_text()
+    rows, heads = 16 // (sizes[0] * sizes[1]), 2 // sizes[2]
+    assert of[1]["images"].addressable_shards[0].data.shape[0] == rows
+    assert f"f32[2,{rows},70,{heads},16]" in hlo  # keys and values of 64 + 6 tokens
+    assert not re.search(r"f32\[2,16,70,", hlo)
+    # In layers weights travel to prompts, and what is computed of a single token to the weights.
+    of_prompts, of_tokens = (
+        travelling(hlo, "while/body/closed_call"),
+        travelling(hlo, "while/body/while/body"),
+    )
+    assert of_prompts and not [shape for shape in of_prompts if shape[0] == 16]
+    assert of_tokens and all(shape[1] == 1 for shape in of_tokens)
+
+
+def travelling(hlo: str, where: str) -> list[tuple[int, ...]]:
+    """The shapes that devices exchange in a loop."""
+    lines = "\n".join(line for line in hlo.splitlines() if f"(continue_prompts)/{where}/" in line)
+    return [shape for shapes in collectives(lines).values() for _, shape in shapes]

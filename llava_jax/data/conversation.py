@@ -136,20 +136,25 @@ def render_prompt(
 
     All is written as in training, with every template. earlier: the turns before it, as for `tokenize`. Where no text
     has a placeholder, each gets a line of its own in front of the question. Raises DataError if their number is not
-    `num_images`.
+    `num_images`; without images a placeholder is text unless it `stands_for_an_image`.
     """
     template.check(tokenizer)
-    if any("\ud800" <= character <= "\udfff" for character in question):
-        raise DataError("the question holds half of a surrogate pair, which is no character.")
+    for what, text in (("question", question), ("system text", system or "")):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"the {what} holds half of a surrogate pair, which is no character.")
+    if PLACEHOLDER in (system or ""):
+        raise DataError(f"the system text has {PLACEHOLDER}, which belongs into a question; take it out.")
     if num_images and not any(PLACEHOLDER in text for text in (question, *(text for _, text in earlier))):
         question = f"{PLACEHOLDER}\n" * num_images + question
     turns = [*earlier, ("human", question)]
     if num_images == 1:
         turns = [(role, _image_first(text)) for role, text in turns]
-    found = sum(text.count(PLACEHOLDER) for text in (system or "", *(text for _, text in turns)))
-    if found != num_images:
+    found = sum(text.count(PLACEHOLDER) for _, text in turns)
+    if found != num_images and (num_images or stands_for_an_image(question)):
         what = "conversation" if earlier else "question"
-        raise DataError(f"the {what} has {found} {PLACEHOLDER} for {num_images} images: {question[:60]!r}.")
+        raise DataError(
+            f"the {what} has {found} {PLACEHOLDER} for {num_images} images: {question[:60]!r}. Give as many, or take it out."
+        )
     if template.caption_only:
         text = PLACEHOLDER * num_images
     else:
@@ -163,6 +168,13 @@ def render_prompt(
         )
         text = "".join(span.text for span in spans) + template.assistant.opening + template.assistant.name
     return _encode(text, tokenizer=tokenizer, split_images=num_images > 0)[0]
+
+
+def stands_for_an_image(text: str) -> bool:
+    """Whether a text without images begins or ends with a placeholder, so that its image was forgotten. Elsewhere a
+    placeholder is an element of XML, say."""
+    text = text.strip()
+    return text.startswith(PLACEHOLDER) or text.endswith(PLACEHOLDER)
 
 
 def tokenize_document(text: str, tokenizer: Tokenizer) -> Encoded:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llava_jax.data.conversation import PLACEHOLDER
+from llava_jax.data.conversation import PLACEHOLDER, stands_for_an_image
 from llava_jax.data.formats import DOCUMENT, LLAVA, Conversation, Format, json_type
 from llava_jax.data.image_folder import ImageFolder
 from llava_jax.errors import DataError
@@ -115,12 +115,12 @@ def _require_places(said: Conversation) -> None:
         raise DataError(f"its system text has {PLACEHOLDER}, which belongs into a turn; take it out.")
     found = sum(text.count(PLACEHOLDER) for text in texts)
     if found and not said.images:
-        if any(text.strip().startswith(PLACEHOLDER) or text.strip().endswith(PLACEHOLDER) for text in texts):
+        if any(map(stands_for_an_image, texts)):
             raise DataError(
                 f"its text has {PLACEHOLDER}, but it names no image; add 'image' or take that out."
             )
         if not said.videos:
-            return  # within a text it is an element of XML, say: ordinary text, as in the original
+            return  # ordinary text, as in the original
     if len(said.images) == 1 and not said.videos:
         # The original makes one of all placeholders in a turn; so does the template here.
         found = sum(PLACEHOLDER in text for text in texts)

@@ -120,7 +120,9 @@ def apply_rope(x: jax.Array, rotation: Rotation) -> jax.Array:
 class Attention(nnx.Module):
     """Causal self-attention within segments, with rotary positions and grouped queries."""
 
-    def __init__(self, config: TextConfig, *, attention: Callable, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TextConfig, *, attention: Callable, constrain: Callable, dtype, rngs: nnx.Rngs
+    ):
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         linear = partial(Linear, dtype=dtype, rngs=rngs)
@@ -130,6 +132,7 @@ class Attention(nnx.Module):
         self.o_proj = linear(N * H, D, use_bias=config.attention_bias == "qkvo")
         self.config = config
         self.attention = attention
+        self.constrain = constrain
 
     def __call__(self, x, rotation, segment_ids, cache=None):
         """x float[B, T, D] -> float[B, T, D], and with a layer's cache (keys, values, kv_segment_ids, slot)
@@ -145,6 +148,7 @@ class Attention(nnx.Module):
             out = self.attention(q, k, v, causal=True, segment_ids=segment_ids)
             return self.o_proj(out.reshape(*x.shape[:2], -1)), None
         keys, values, kv_segment_ids, slot = cache
+        q, k, v = map(self.constrain, (q, k, v))
         keys = jax.lax.dynamic_update_slice_in_dim(keys, k, slot, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(values, v, slot, axis=1)
         # A prompt starts at slot 0, so query t may see slots 0..t; a single new token sees all that is written.
@@ -170,9 +174,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each normalised before and added to the stream."""
 
-    def __init__(self, config: TextConfig, *, attention: Callable, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TextConfig, *, attention: Callable, constrain: Callable, dtype, rngs: nnx.Rngs
+    ):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, attention=attention, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, attention=attention, constrain=constrain, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
@@ -201,7 +207,7 @@ class Llama(nnx.Module):
             V, D, embedding_init=nnx.initializers.normal(D**-0.5), dtype=dtype, rngs=rngs
         )
         self.layers = stack(
-            lambda rngs: Block(config, attention=attention, dtype=dtype, rngs=rngs),
+            lambda rngs: Block(config, attention=attention, constrain=constrain, dtype=dtype, rngs=rngs),
             config.num_hidden_layers,
             rngs,
         )

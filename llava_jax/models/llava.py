@@ -82,8 +82,9 @@ class LLaVA(nnx.Module):
 
     remat and unroll say how the layer stacks run (models/stack.py). `attention` is the door with what the trainer
     binds of it, for tokens that attend to themselves; steps of generation take the plain door. `constrain` is
-    applied to every activation that flows between blocks, float[rows, ...]; the trainer uses it to say how rows lie
-    on the devices. `look_up` applies the embedding table to tokens int32[B, T], for the same reason.
+    applied to every activation that flows between blocks, float[rows, ...], and with a cache to queries, keys and
+    values instead; the trainer and the generator use it to say how rows lie on the devices. `look_up` applies the
+    embedding table to tokens int32[B, T], for the same reason.
     """
 
     def __init__(

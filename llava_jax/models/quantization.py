@@ -218,7 +218,8 @@ def quantize(
     part: str,
     names: Collection[str],
     quantization: Quantization,
-    gather: Callable[[str, jax.Array], jax.Array],
+    *,
+    gather: Callable[[str, jax.Array], jax.Array] = _as_it_is,
 ) -> nnx.Module:
     """Replaces, in place, the kernels of the linear layers of these names in a part of the model by empty ones.
 
