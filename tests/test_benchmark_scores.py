@@ -123,6 +123,25 @@ def test_science_qa_of_something_else_is_refused(science_qa, tmp_path):
         score_science_qa([], str(tmp_path / "nowhere"), "test")
 
 
+def test_science_qa_with_broken_files_is_refused(science_qa, tmp_path):
+    answers = [{"question_id": "3", "prompt": "?", "text": "B"}]
+    for problems in ({"3": {"answer": 7}}, {"3": {}}, {"3": 1}, {}):
+        (tmp_path / "problems.json").write_text(json.dumps(problems))
+        with pytest.raises(DataError, match="has no answer from 0 to 4 to '3'"):
+            score_science_qa(answers, science_qa, "test")
+    (tmp_path / "pid_splits.json").write_text("[]")
+    with pytest.raises(DataError, match=r"pid_splits\.json: cannot be read \(it holds no object\)"):
+        score_science_qa(answers, science_qa, "test")
+
+
+@pytest.mark.parametrize("change", [{"text": None}, {"prompt": 3}, {"question_id": ["2"]}])
+def test_answers_of_other_types_are_named(tmp_path, change):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "prompt": "?", "text": ""} | change))
+    with pytest.raises(DataError, match=r"answers\.jsonl:1: an answer has question_id, prompt and text"):
+        read_answers(str(path))
+
+
 def test_answers_that_are_none_are_named(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text('{"question_id": 1, "prompt": "?", "text": ""}\n\n{"question_id": 1, "text": "?"}\n')

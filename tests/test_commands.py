@@ -385,6 +385,29 @@ def test_the_line_of_a_recipe_that_fails_is_told(tmp_path, code, message):
     assert f"error: The recipe {recipe} {message}" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = 1\n", "is no recipe: it has no get_config()"),
+        ("def get_config():\n    return {'seed': 1}\n", "get_config() returns a dict; it should change what"),
+        ("def get_config(size):\n    return 1\n", "wants an argument; write --config="),
+    ],
+)
+def test_what_is_no_recipe_is_told(tmp_path, code, message):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(code)
+    result = run("llava_jax.train", f"--config={recipe}")
+    assert (result.returncode, "Traceback" in result.stderr) == (10, False)
+    assert message in result.stderr
+
+
+def test_a_path_to_json_hides_no_other_mistake():
+    result = run(
+        "llava_jax.train", "--config.data.path=x.json", "--config=configs/quickstart.py", "--workdr=x"
+    )
+    assert "There is no flag --workdr. Did you mean --workdir?" in result.stderr
+
+
 @pytest.mark.parametrize("flag", ["--config={}", "{}"])
 def test_keys_of_another_trainers_file_are_answered_one_by_one(tmp_path, flag):
     settings = tmp_path / "lora.yaml"

@@ -181,6 +181,26 @@ def test_a_prompt_needs_a_placeholder_for_every_image(tokenizer):
         render_prompt("<image>", CHAT, tokenizer, num_images=2)
 
 
+def test_without_images_a_placeholder_within_a_question_is_text_as_in_training(tokenizer):
+    asked = "is <image> cat?"
+    encoded = tokenize(turns(asked, "No"), CHAT, tokenizer, num_images=0, mask="last_answer")
+    for how in ({}, {"earlier": (("human", "a <image> b"), ("gpt", "<image>"))}):
+        prompt = render_prompt(asked, CHAT, tokenizer, num_images=0, **how)
+        assert IMAGE_TOKEN not in prompt
+        assert how or encoded.tokens[: len(prompt)].tolist() == prompt.tolist()
+    with pytest.raises(DataError, match=r"has 1 <image> for 0 images.*Give as many, or take it out"):
+        render_prompt("<image>\ncat", CHAT, tokenizer, num_images=0)
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [("see <image>", "the system text has <image>"), ("\ud800", "the system text holds half of a surrogate")],
+)
+def test_a_system_text_that_cannot_be_written_is_told(tokenizer, system, message):
+    with pytest.raises(DataError, match=message):
+        render_prompt("cat", CHAT, tokenizer, num_images=0, system=system)
+
+
 # The separators are those of the original's conversation.py and of the models' published chat templates.
 @pytest.mark.parametrize(
     ("name", "begins", "ends"),

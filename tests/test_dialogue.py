@@ -115,7 +115,7 @@ def scripted(monkeypatch, tokens: list[int], size: int) -> list[int]:
         limits.append(int(limit))
         end = rows.num_new + min(size, int(limit))
         piece = tokens[rows.num_new : end]
-        return np.array([piece + [2] * (size - len(piece))]), SimpleNamespace(num_new=end)
+        return np.array([piece + [2] * (size - len(piece))]), SimpleNamespace(num_new=end, num_slots=0)
 
     monkeypatch.setattr(dialogue, "continue_some", continue_some)
     monkeypatch.setattr(dialogue, "read_prompts", lambda *of, **how: SimpleNamespace(num_new=0, num_slots=0))
@@ -143,6 +143,17 @@ def test_an_answer_ends_with_its_token_or_at_the_limit(mute, monkeypatch):
     limits = scripted(monkeypatch, tokens * 9, size=4)
     talk = Dialogue(generator, [], [], max_new_tokens=6)
     assert "".join(talk.ask("What?")) == generator.tokenizer.decode((tokens * 9)[:6]) and limits == [6, 2]
+
+
+def test_a_placeholder_in_an_answer_does_not_end_the_conversation(mute, monkeypatch):
+    generator = mute("v1")
+    end = generator.tokenizer.eos_id
+    images, layouts = pictures(generator.config)
+    for its_images, its_layouts in (([], []), (images, layouts)):
+        scripted(monkeypatch, [*generator.tokenizer.encode("a <image> tag"), end], size=4)
+        talk = Dialogue(generator, its_images, its_layouts, max_new_tokens=60)
+        for question in ("What?", "And then?"):
+            assert "".join(talk.ask(question)) == "a <image> tag"
 
 
 def test_captions_are_no_conversations(mute):
