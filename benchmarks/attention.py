@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.isolated import Child, collect, tell
-from benchmarks.step_comparison import TORCH_ENVIRONMENT
+from benchmarks.isolated import TORCH_ENVIRONMENT, Child, collect, tell
 from benchmarks.timing import (
     conditions,
     has_torch,

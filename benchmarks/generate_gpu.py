@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.isolated import Child, collect, tell
-from benchmarks.step_comparison import ENVIRONMENT, TORCH_ENVIRONMENT
+from benchmarks.isolated import TORCH_ENVIRONMENT, Child, collect, tell
+from benchmarks.step_comparison import ENVIRONMENT
 from benchmarks.timing import conditions, has_torch, seconds
 from benchmarks.training_step import GIB, MODELS, require_accelerator
 from llava_jax.config import ModelConfig

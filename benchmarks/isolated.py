@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Beside torch JAX only prepares what it is given, and must not take the card.
+TORCH_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.isolated import Child, collect
+from benchmarks.isolated import TORCH_ENVIRONMENT, Child, collect
 from benchmarks.options import numbers, positive, several
 from benchmarks.timing import has_torch
 from benchmarks.training_step import MODELS, Case
@@ -18,8 +18,6 @@ from llava_jax.planning.chips import GPUS
 
 _TINY = {"rows": 2, "length": 96, "samples": 3, "rank": 4, "steps": 4}
 ENVIRONMENT = {memory_fraction_name(): "0.95"}  # the step of 7B needs more of a card than JAX takes by itself
-# Beside torch JAX only prepares what it is given, and must not take the card.
-TORCH_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

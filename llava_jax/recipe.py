@@ -188,12 +188,13 @@ def parse(config_dict: ConfigDict) -> Recipe:
 
     Raises ConfigError on an unknown key (naming the nearest), a wrong type, or values that cannot be.
     """
+    to_dict = getattr(config_dict, "to_dict", None)  # raises OSError for a file that could not be read
     require(
-        isinstance(config_dict, ConfigDict),
+        to_dict is not None,
         f"The recipe's get_config() returns a {type(config_dict).__name__}; it should change what "
         "llava_jax.recipe.default_config() gives, and return that.",
     )
-    fields = _at_home(config_dict.to_dict())
+    fields = _at_home(to_dict())
     prepare = fields.pop("prepare", None)
     require(prepare is None or callable(prepare), f"The recipe's prepare={prepare!r} should be a function.")
     order = fields.pop("stage_order", None)

@@ -62,7 +62,7 @@ def test_a_prompt_is_what_training_writes_up_to_the_answer(mute, tmp_path, templ
     np.testing.assert_array_equal(feature_ids[tokens == IMAGE_TOKEN], features)
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("num_devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_answers_of_every_turn_are_those_to_the_whole_prompt(tiny_config, monkeypatch, num_devices):
     source = complete(ModelSource("parts", tiny_config.model, {}), seed=0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])

@@ -178,7 +178,7 @@ def wide_source(tiny_config) -> ModelSource:
     return complete(ModelSource("parts", dataclasses.replace(tiny_config.model, text=text), {}), seed=0)
 
 
-@pytest.mark.parametrize("method", ["int8", "nf4"])
+@pytest.mark.parametrize("method", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_quantised_network_says_what_it_says_with_its_kernels_unpacked(generator, wide_source, method):
     tokenizer, mesh = generator.tokenizer, generator.mesh
     how = dict(template="v1", dtype="float32")
@@ -251,8 +251,8 @@ def test_blind_questions_see_another_picture(generator, shapes_dataset):
     assert not any(np.array_equal(a[0], b[0]) for a, b in zip(seeing, blind, strict=True))
 
 
-@pytest.mark.parametrize("method", ["none", "int8"])
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("method", ["none", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 8, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_rows_and_their_caches_are_spread_over_devices_and_answers_are_those_of_one(
     generator, wide_source, monkeypatch, sizes, method
 ):

@@ -81,7 +81,7 @@ def run(drawn_once, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_steps_learn_what_those_of_transformers_learn(run, tmp_path, stage):
     more = [f"--profile={tmp_path / 'trace'}"] if stage == "2" else ["--only=ours,transformers"]
     ours, *between, theirs = run(step_gpu, f"--stage={stage}", *more)["rows"]

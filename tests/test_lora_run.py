@@ -143,6 +143,7 @@ def wide_recipe(tiny_recipe):
     return tiny_recipe
 
 
+@pytest.mark.slow
 def test_a_broken_qlora_run_continues_with_the_same_bits_and_is_merged_into_the_base_as_it_was(
     wide_recipe, base, tmp_path, monkeypatch, capsys
 ):

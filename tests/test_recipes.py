@@ -224,7 +224,7 @@ def changed(before, after) -> set[str]:
     [
         ("llava_v1_pretrain", "llava_v1_finetune"),
         pytest.param("llava_v1_pretrain", "scienceqa", marks=pytest.mark.slow),
-        ("tinyllava_pretrain", "tinyllava_finetune"),
+        pytest.param("tinyllava_pretrain", "tinyllava_finetune", marks=pytest.mark.slow),
     ],
 )
 def test_two_stages_train_what_they_say_one_after_the_other(

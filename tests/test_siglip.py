@@ -334,7 +334,7 @@ def test_what_siglip_lacks_cannot_be_trained(siglip_recipe):
         parse(siglip_recipe)
 
 
-@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_trains_the_tower_and_exports_it(data, siglip_recipe, tmp_path, monkeypatch):
     siglip_recipe.train.max_steps = 2
     siglip_recipe.tune.vision_tower = "full"
